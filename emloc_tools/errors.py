@@ -1,0 +1,36 @@
+"""Every error that a user can cause. Each message says what was found, where, what was expected and what to do."""
+
+from __future__ import annotations
+
+
+class EmlocError(Exception):
+    """Base of all expected errors: the command line shows its message on one line and exits with status 1."""
+
+
+class InputError(EmlocError):
+    """A path, an option or a data file that cannot be used as given."""
+
+
+class FormatError(EmlocError):
+    """A file breaks a numbered rule of its format (`formats/*/SPEC.md`).
+
+    `rule` is the rule's number (for example `C4`), `file` the offending file and `field` the place in it:
+    a manifest field, a tensor name or a byte range.
+    """
+
+    def __init__(self, rule: str, file: object, field: str, message: str) -> None:
+        self.rule, self.file, self.field = rule, str(file), field
+        where = f"{self.file}: {field}" if field else self.file
+        super().__init__(f"{where}: {message} (format rule {rule})")
+
+
+class MismatchError(EmlocError):
+    """Two artifacts that do not belong together, such as an adapter and a base it was not trained for."""
+
+
+class UnsupportedError(EmlocError):
+    """Something valid that emloc-tools cannot treat correctly, and therefore refuses."""
+
+
+class NumericalError(EmlocError):
+    """NaN or infinity, or a decomposition that did not converge."""

@@ -1,0 +1,210 @@
+"""The manifests of the three formats as strict models; `formats/*/schema.json` is generated from them.
+
+Unknown fields are errors: a writer that needs a new one raises the format version, so an old reader says so
+instead of reading half of it.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import xxhash
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+import emloc_tools
+from emloc_tools.errors import FormatError
+from emloc_tools.files.tensors import read_json
+from emloc_tools.records import Allocation, Orientation, Side
+
+CALIBRATION_VERSION = 1
+EMULATOR_VERSION = 1
+ADAPTER_VERSION = 1
+
+Hash = Annotated[str, Field(pattern=r"^xxh3_128:[0-9a-f]{32}$")]
+ShardName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.\-]*\.safetensors$")]
+Count = Annotated[int, Field(ge=1)]
+Amount = Annotated[int, Field(ge=0)]
+Magnitude = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Name = Annotated[str, Field(min_length=1)]
+
+
+class Strict(BaseModel):
+    """No unknown fields, no conversion between types, no change after reading."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class MadeBy(Strict):
+    """The software and the command line that wrote the artifact."""
+
+    emloc_tools: str
+    torch: str
+    transformers: str
+    command: str
+
+
+class BaseRecord(Strict):
+    """The model that an artifact was made from: folder or Hub id as given, commit on the Hub, and model class."""
+
+    id: Name
+    revision: str | None
+    architecture: Name
+
+
+class DataRecord(Strict):
+    """The calibration data: the file's name and hash, what was taken from it and how."""
+
+    file: Name
+    hash: Hash
+    samples: Count
+    tokens: Count
+    max_length: Count | None
+    seed: int
+
+
+class CalibratedLayer(Strict):
+    """Shape and identity of a linear layer that has statistics."""
+
+    out_features: Count
+    in_features: Count
+    orientation: Orientation
+    has_bias: bool
+    weight_hash: Hash
+
+
+class GramRecord(Strict):
+    """One stored Gram matrix and the layers that it belongs to."""
+
+    tensor: Name
+    side: Side
+    features: Count
+    tokens: Count
+    layers: Annotated[list[Name], Field(min_length=1)]
+    hash: Hash
+
+
+class CalibrationManifest(Strict):
+    """`calibration.json`."""
+
+    format: Literal["emloc-calibration"] = "emloc-calibration"
+    format_version: Literal[1] = 1
+    made_by: MadeBy
+    base: BaseRecord
+    data: Annotated[list[DataRecord], Field(min_length=1)]
+    layers: dict[Name, CalibratedLayer]
+    unreached: list[Name]
+    grams: Annotated[list[GramRecord], Field(min_length=1)]
+    shards: Annotated[list[ShardName], Field(min_length=1)]
+
+
+class CalibrationReference(Strict):
+    """The calibration that an emulator was built with."""
+
+    hash: Hash
+    data: list[DataRecord]
+
+
+class FactoredLayer(Strict):
+    """A layer that the emulator holds as `U diag(S) Vh`, and how good that is on the calibration data.
+
+    `relative_error` is ‖X Wᵀ − X W_Eᵀ‖ / ‖X Wᵀ‖ (without calibration ‖W − W_E‖ / ‖W‖), before rounding to the
+    stored dtype. `total_energy` is ‖X Wᵀ‖² per token (without calibration ‖W‖²).
+    """
+
+    out_features: Count
+    in_features: Count
+    orientation: Orientation
+    rank: Count
+    weight_hash: Hash
+    relative_error: Magnitude
+    total_energy: Magnitude
+    energetic: Amount
+    floored: Amount
+
+
+class EmulatorManifest(Strict):
+    """`emulator.json`."""
+
+    format: Literal["emloc-emulator"] = "emloc-emulator"
+    format_version: Literal[1] = 1
+    made_by: MadeBy
+    base: BaseRecord
+    calibration: CalibrationReference | None
+    allocation: Allocation | Literal["given"]
+    eigen_dtype: Literal["float32", "float64"]
+    parameters: Count
+    base_parameters: Count
+    layers: Annotated[dict[Name, FactoredLayer], Field(min_length=1)]
+    tensors: dict[Name, Hash]
+    ignored_tensors: list[str]
+
+
+class CorrectedLayer(Strict):
+    """What the correction did to one LoRA pair; see `linalg.correction.Correction`."""
+
+    rank: Count
+    scaling: float
+    directions: Amount
+    clamped: Amount
+    delta_norm: Magnitude
+    update_norm: Magnitude
+
+
+class AdapterManifest(Strict):
+    """`emloc.json` of a corrected adapter."""
+
+    format: Literal["emloc-adapter"] = "emloc-adapter"
+    format_version: Literal[1] = 1
+    made_by: MadeBy
+    base: BaseRecord
+    emulator: Hash
+    trained_adapter: Hash
+    clamp: Annotated[float, Field(gt=0)] | None
+    layers: dict[Name, CorrectedLayer]
+    unchanged: list[str]
+    tensors: dict[Name, Hash]
+
+
+Manifest = TypeVar("Manifest", CalibrationManifest, EmulatorManifest, AdapterManifest)
+
+
+def read_manifest(path: Path, model: type[Manifest], *, rules: tuple[str, str, str]) -> Manifest:
+    """Read and check a manifest. `rules` are numbered: readable JSON object, format and version, fields."""
+    readable, version, fields = rules
+    value = read_json(path, readable)
+    for key in ("format", "format_version"):
+        expected = model.model_fields[key].default
+        if value.get(key) != expected:
+            message = f"is {value.get(key)!r}; this version of emloc-tools reads {expected!r}"
+            raise FormatError(version, path, key, message)
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise FormatError(fields, path, ".".join(map(str, first["loc"])), first["msg"]) from None
+
+
+def made_by(command: str) -> MadeBy:
+    """The versions at work and the command line, for a manifest. No time: equal inputs give equal files."""
+    return MadeBy(
+        emloc_tools=emloc_tools.__version__,
+        torch=version("torch"),
+        transformers=version("transformers"),
+        command=command,
+    )
+
+
+def manifest_dict(manifest: BaseModel) -> dict[str, Any]:
+    """The JSON object of a manifest, fields in their declared order."""
+    return manifest.model_dump(mode="json")
+
+
+def file_hash(path: Path) -> str:
+    """`xxh3_128:` and 32 hex digits over a file's bytes."""
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return f"xxh3_128:{digest.hexdigest()}"

@@ -1,0 +1,65 @@
+"""A base model opened for reading: its files, configuration, skeleton on meta, and weights by name."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from emloc_tools.errors import InputError
+from emloc_tools.files.tensors import TensorFolder
+from emloc_tools.models.skeleton import build_skeleton, compute_dtype, load_config, model_class
+from emloc_tools.models.source import Source, open_source
+from emloc_tools.models.weights import ModelWeights
+from emloc_tools.records import Layer
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """What a stage needs to know of a base model; no weight is in memory."""
+
+    source: Source
+    config: Any
+    architecture: str
+    model: nn.Module
+    tensors: TensorFolder
+
+    def weights(self, layers: Collection[Layer] = ()) -> ModelWeights:
+        """The checkpoint by model names; hashes of the given layers' weights are collected as they are read."""
+        return ModelWeights(self.model, self.tensors, hashed=[weight_name(layer) for layer in layers])
+
+
+def open_base(
+    base: str, *, revision: str | None = None, dtype: str = "auto", trust_remote_code: bool = False
+) -> BaseModel:
+    """Open a local folder or a Hub id; see `source.open_source`. The skeleton computes in `dtype`."""
+    source = open_source(base, revision=revision, trust_remote_code=trust_remote_code)
+    config = load_config(source, trust_remote_code=trust_remote_code)
+    cls = model_class(config, source, trust_remote_code=trust_remote_code)
+    model = build_skeleton(cls, config, dtype=compute_dtype(config, dtype))
+    return BaseModel(source, config, cls.__name__, model, TensorFolder.of_model(source.locate))
+
+
+def weight_name(layer: Layer) -> str:
+    """The name of a layer's weight in the model."""
+    return f"{layer.name}.weight"
+
+
+def oriented(layer: Layer, weight: torch.Tensor) -> torch.Tensor:
+    """A stored weight as `W (out, in)`: the transpose of a Conv1D's."""
+    return weight.T if layer.orientation == "conv1d" else weight
+
+
+def choose_device(device: str) -> str:
+    """`auto` is the first CUDA device if there is one, else the CPU. Raises `InputError` for one that cannot be used."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise InputError(f"--device {device} cannot be used here: {first}") from error
+    return device

@@ -1,0 +1,215 @@
+"""Samples of a downstream task: JSONL with `text`, `messages` or `prompt` and `completion`, or ready model inputs."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from emloc_tools.errors import FormatError, InputError
+from emloc_tools.files.tensors import TensorFile
+from emloc_tools.models.source import Source
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Token ids of one sample, and the position of the first token that counts in a loss."""
+
+    ids: list[int]
+    loss_from: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Keyword arguments of the model's forward; which tokens are real, and which are targets of a loss.
+
+    `mask (batch, length)` is None where everything is real; `targets (batch, length)` is None for inputs without
+    text samples. Both bool.
+    """
+
+    inputs: dict[str, torch.Tensor]
+    mask: torch.Tensor | None
+    targets: torch.Tensor | None
+
+
+def load_batches(
+    path: Path,
+    source: Source,
+    *,
+    samples: int | None,
+    max_length: int | None,
+    batch_size: int,
+    seed: int,
+    trust_remote_code: bool = False,
+) -> list[Batch]:
+    """The data of `path` as batches: `samples` of its entries, chosen by `seed` if there are more, in file order.
+
+    A `.safetensors` file holds ready inputs named `<n>/<argument>`, one batch for each n. Anything else is JSONL;
+    texts are cut at `max_length` tokens. Raises `InputError` naming the line at fault.
+    """
+    if not path.is_file():
+        raise InputError(f"{path} does not exist; expected JSONL or a .safetensors file of model inputs")
+    if path.suffix == ".safetensors":
+        return _ready_inputs(path, samples, seed)
+    lines = _choose(list(_line_starts(path)), samples, seed)
+    if not lines:
+        raise InputError(f"{path} holds no sample; expected one JSON object per line")
+    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+    encoded = [_encode(path, number, record, tokenizer, max_length) for number, record in _records(path, lines)]
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    groups = (encoded[start : start + batch_size] for start in range(0, len(encoded), batch_size))
+    return [_collate(group, pad) for group in groups]
+
+
+def count_tokens(batches: Sequence[Batch]) -> int:
+    """Real tokens in all batches; for inputs without token ids, their samples."""
+    return sum(_tokens(batch) for batch in batches)
+
+
+def count_samples(batches: Sequence[Batch]) -> int:
+    """Samples in all batches: the first dimension of their inputs."""
+    return sum(max((t.shape[0] for t in batch.inputs.values() if t.dim()), default=1) for batch in batches)
+
+
+def load_tokenizer(source: Source, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of the base model."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise InputError(f"{source.id}: no usable tokenizer for text data: {first}") from error
+
+
+def _tokens(batch: Batch) -> int:
+    if batch.mask is not None:
+        return int(batch.mask.sum())
+    ids = batch.inputs.get("input_ids")
+    return ids.numel() if ids is not None else count_samples([batch])
+
+
+def _line_starts(path: Path) -> Iterator[tuple[int, int]]:
+    """Number (from 1) and byte offset of every line that is not blank."""
+    with path.open("rb") as file:
+        start = 0
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield number, start
+            start += len(line)
+
+
+def _choose(items: list[Any], count: int | None, seed: int) -> list[Any]:
+    if count is None or count >= len(items):
+        return items
+    return [items[index] for index in sorted(random.Random(seed).sample(range(len(items)), count))]
+
+
+def _records(path: Path, lines: Sequence[tuple[int, int]]) -> Iterator[tuple[int, dict[str, Any]]]:
+    with path.open("rb") as file:
+        for number, start in lines:
+            file.seek(start)
+            try:
+                record = json.loads(file.readline().decode("utf-8"))
+            except (ValueError, RecursionError) as error:
+                raise InputError(f"{path}:{number}: not JSON: {error}") from error
+            if not isinstance(record, dict):
+                raise InputError(f"{path}:{number}: {type(record).__name__} found, expected a JSON object")
+            yield number, record
+
+
+def _encode(path: Path, number: int, record: dict[str, Any], tokenizer: Any, max_length: int | None) -> Sample:
+    try:
+        prompt, whole, special = _texts(record, tokenizer)
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{path}:{number}: {str(error).strip().splitlines()[0]}") from error
+    except Exception as error:
+        if type(error).__module__.startswith("jinja2"):
+            raise InputError(f"{path}:{number}: the chat template refuses the messages: {error}") from error
+        raise
+    ids = tokenizer(whole, add_special_tokens=special)["input_ids"]
+    start = _common_prefix(tokenizer(prompt, add_special_tokens=special)["input_ids"], ids) if prompt else 0
+    if max_length is not None:
+        ids = ids[:max_length]
+    if not ids:
+        raise InputError(f"{path}:{number}: the text is empty")
+    return Sample(list(ids), start)
+
+
+def _texts(record: dict[str, Any], tokenizer: Any) -> tuple[str, str, bool]:
+    """The part of a record that a loss skips, the whole text, and whether special tokens are to be added."""
+    if "messages" in record:
+        return "", _chat(record["messages"], tokenizer, False), False
+    if "prompt" in record and "completion" in record:
+        prompt, completion = record["prompt"], record["completion"]
+        if isinstance(prompt, list) and isinstance(completion, list):
+            return _chat(prompt, tokenizer, True), _chat(prompt + completion, tokenizer, False), False
+        return _text(record, "prompt"), _text(record, "prompt") + _text(record, "completion"), True
+    if "text" in record:
+        return "", _text(record, "text"), True
+    raise ValueError(f"found the keys {sorted(record)}, expected `text`, `messages`, or `prompt` and `completion`")
+
+
+def _text(record: dict[str, Any], key: str) -> str:
+    if not isinstance(record[key], str):
+        raise TypeError(f"`{key}` is {type(record[key]).__name__}, expected a string")
+    return record[key]
+
+
+def _chat(messages: Any, tokenizer: Any, ask: bool) -> str:
+    if not isinstance(messages, list) or not messages:
+        raise ValueError("`messages` must be a list of at least one message")
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError("the base's tokenizer has no chat template, which `messages` need; use `text` instead")
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)  # type: ignore[no-any-return]
+
+
+def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _collate(samples: Sequence[Sample], pad: int) -> Batch:
+    """Right-padded token ids. Without padding there is no mask, and no attention mask is passed to the model."""
+    length = max(len(sample.ids) for sample in samples)
+    ids = torch.full((len(samples), length), pad)
+    mask = torch.zeros(len(samples), length, dtype=torch.bool)
+    targets = torch.zeros_like(mask)
+    for row, sample in enumerate(samples):
+        ids[row, : len(sample.ids)] = torch.tensor(sample.ids)
+        mask[row, : len(sample.ids)] = True
+        targets[row, sample.loss_from : len(sample.ids)] = True
+    if mask.all():
+        return Batch({"input_ids": ids}, None, targets)
+    return Batch({"input_ids": ids, "attention_mask": mask.long()}, mask, targets)
+
+
+def _ready_inputs(path: Path, samples: int | None, seed: int) -> list[Batch]:
+    try:
+        file = TensorFile(path)
+    except FormatError as error:
+        raise InputError(f"{error}; expected model inputs named <n>/<argument>") from error
+    numbers: dict[int, dict[str, str]] = {}
+    for name in file.specs():
+        match = re.fullmatch(r"(\d+)/(\w+)", name)
+        if match is None:
+            raise InputError(f"{path}: the tensor {name!r} is not named <n>/<argument>, such as 0/input_ids")
+        numbers.setdefault(int(match[1]), {})[match[2]] = name
+    if not numbers:
+        raise InputError(f"{path} holds no tensor; expected model inputs named <n>/<argument>")
+    chosen = _choose(sorted(numbers), samples, seed)
+    batches = [{argument: file.read(name) for argument, name in numbers[number].items()} for number in chosen]
+    file.close()
+    return [Batch(inputs, _padding_mask(inputs), None) for inputs in batches]
+
+
+def _padding_mask(inputs: dict[str, torch.Tensor]) -> torch.Tensor | None:
+    mask = inputs.get("attention_mask")
+    if mask is None or mask.dim() != 2 or bool(mask.all()):
+        return None
+    return mask.bool()

@@ -1,0 +1,77 @@
+"""Which linear layers of a model are replaced by low-rank factors."""
+
+from __future__ import annotations
+
+import re
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from emloc_tools.errors import InputError
+from emloc_tools.records import Layer
+
+ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
+
+
+def select_layers(model: nn.Module, *, targets: str | None = None, exclude: str | None = None) -> list[Layer]:
+    """The linear layers to treat, in the model's order.
+
+    By default those inside repeated blocks, without routers: embeddings and heads stay dense. `targets` replaces that
+    choice by every linear layer whose name matches the regular expression (searched anywhere in the name), `exclude`
+    takes away. A layer that shares its weight with another module is never chosen by default. Raises `InputError` for
+    a pattern that matches nothing or is not a regular expression.
+    """
+    linears = {name: module for name, module in model.named_modules() if type(module) in (nn.Linear, Conv1D)}
+    if targets is None:
+        tied = _tied_parameters(model)
+        chosen = [
+            name
+            for name, module in linears.items()
+            if _in_block(model, name) and name.rpartition(".")[2] not in ROUTERS and id(module.weight) not in tied
+        ]
+        if not chosen:
+            raise InputError(f"{type(model).__name__} has no linear layer inside repeated blocks; choose by --targets")
+    else:
+        chosen = _matching(list(linears), targets, "--targets")
+    if exclude is not None:
+        excluded = set(_matching(chosen, exclude, "--exclude"))
+        chosen = [name for name in chosen if name not in excluded]
+        if not chosen:
+            raise InputError(f"--exclude {exclude!r} leaves no layer")
+    return [describe(name, linears[name]) for name in chosen]
+
+
+def describe(name: str, module: nn.Module) -> Layer:
+    """Shape and orientation of a Linear or Conv1D."""
+    rows, columns = module.weight.shape  # type: ignore[union-attr]
+    if isinstance(module, Conv1D):
+        return Layer(name, columns, rows, "conv1d", module.bias is not None)
+    return Layer(name, rows, columns, "linear", module.bias is not None)
+
+
+def _in_block(model: nn.Module, name: str) -> bool:
+    """Whether an element of a ModuleList holds the module, at any depth but as its own element."""
+    parts = name.split(".")
+    lists = (".".join(parts[:depth]) for depth in range(1, len(parts) - 1))
+    return any(isinstance(model.get_submodule(path), nn.ModuleList) for path in lists)
+
+
+def _tied_parameters(model: nn.Module) -> set[int]:
+    owners: dict[int, set[int]] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners.setdefault(id(parameter), set()).add(id(module))
+    return {parameter for parameter, modules in owners.items() if len(modules) > 1}
+
+
+def _matching(names: list[str], pattern: str, option: str) -> list[str]:
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise InputError(f"{option} {pattern!r} is not a regular expression: {error}") from error
+    matching = [name for name in names if compiled.search(name)]
+    if not matching:
+        examples = ", ".join(names[:3])
+        raise InputError(f"{option} {pattern!r} matches no linear layer; there are {len(names)}, such as {examples}")
+    return matching

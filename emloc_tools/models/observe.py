@@ -1,0 +1,106 @@
+"""See what the linear layers of a unit read and write, one batch at a time, and which of them read the same tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from emloc_tools.records import Side
+
+
+@dataclass
+class Reading:
+    """A tensor that one or more layers read in one call, its rows without padding, and what the layers wrote.
+
+    `inputs (rows, in)` is None where no layer wants it; `outputs[layer] (rows, out)` holds those that are wanted.
+    """
+
+    source: torch.Tensor
+    version: int | None
+    inputs: torch.Tensor | None = None
+    layers: list[str] = field(default_factory=list)
+    outputs: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def is_of(self, x: torch.Tensor) -> bool:
+        """Whether x is the very tensor read: the same memory in the same shape, and unchanged since."""
+        same = x is self.source or (
+            x.data_ptr() == self.source.data_ptr()
+            and x.shape[-1] == self.source.shape[-1]
+            and x.numel() == self.source.numel()
+            and x.dtype == self.source.dtype
+            and x.is_contiguous()
+            and self.source.is_contiguous()
+        )
+        return same and x._version == self.version
+
+
+class Observer:
+    """Records, per batch, what the given layers read and write, until `take` fetches it.
+
+    `current()` names the running batch; `mask(batch)` gives its `(batch, length)` mask of real tokens, or None;
+    `wanted(layer)` says which sides of the layer are needed.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Iterable[str],
+        *,
+        current: Callable[[], int],
+        mask: Callable[[int], torch.Tensor | None],
+        wanted: Callable[[str], frozenset[Side]],
+    ) -> None:
+        self._current, self._mask, self._wanted = current, mask, wanted
+        self._readings: dict[int, list[Reading]] = {}
+        self._handles: list[Any] = []
+        for name in layers:
+            module = model.get_submodule(name)
+            self._handles.append(module.register_forward_hook(self._hook(name), with_kwargs=True))
+
+    def take(self, batch: int) -> list[Reading]:
+        """What the batch's layers read since the last call."""
+        return self._readings.pop(batch, [])
+
+    def batches(self) -> list[int]:
+        """Batches with readings that were not taken."""
+        return list(self._readings)
+
+    def close(self) -> None:
+        """Remove all hooks."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _hook(self, name: str) -> Callable[..., None]:
+        def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor) -> None:
+            x = args[0] if args else next(iter(kwargs.values()))
+            batch, wanted = self._current(), self._wanted(name)
+            reading = self._reading(batch, name, x)
+            reading.layers.append(name)
+            if "input" in wanted and reading.inputs is None:
+                reading.inputs = self._rows(batch, x)
+            if "output" in wanted:
+                reading.outputs[name] = self._rows(batch, output)
+
+        return see
+
+    def _reading(self, batch: int, name: str, x: torch.Tensor) -> Reading:
+        readings = self._readings.setdefault(batch, [])
+        for reading in reversed(readings):
+            if reading.is_of(x) and name not in reading.layers:
+                return reading
+        readings.append(Reading(x, x._version))
+        return readings[-1]
+
+    def _rows(self, batch: int, x: torch.Tensor) -> torch.Tensor:
+        """The rows of real tokens, copied: the model may change the tensor in place later."""
+        mask = self._mask(batch)
+        if mask is not None:
+            if x.shape[:-1] == mask.shape:
+                return x[mask]
+            if x.dim() == 2 and x.shape[0] == mask.numel():
+                return x[mask.reshape(-1)]
+        return x.reshape(-1, x.shape[-1]).clone()

@@ -1,0 +1,97 @@
+"""Values that travel together between the rooms of the package."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+Side = Literal["input", "output"]
+Orientation = Literal["linear", "conv1d"]
+Allocation = Literal["uniform", "adaptive"]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A linear layer of the base model: `y = W x + b` with `W (out_features, in_features)`.
+
+    `orientation` says how the checkpoint holds W: `linear` as it is, `conv1d` transposed (GPT-2's Conv1D).
+    """
+
+    name: str
+    out_features: int
+    in_features: int
+    orientation: Orientation
+    has_bias: bool
+
+    @property
+    def parameters(self) -> int:
+        """Number of entries of W."""
+        return self.out_features * self.in_features
+
+    @property
+    def rank_cost(self) -> int:
+        """Number of stored values that one more rank costs: a column of U, an entry of S and a row of Vh."""
+        return self.out_features + self.in_features + 1
+
+
+@dataclass(frozen=True)
+class Gram:
+    """Second moments of a layer's calibration data, summed (not averaged) over `tokens` tokens.
+
+    `matrix` is `XᵀX (in, in)` when `side` is `input`, or `YᵀY (out, out)` of the outputs without bias when
+    `side` is `output`; symmetric, float32.
+    """
+
+    matrix: torch.Tensor
+    side: Side
+    tokens: int
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """A layer's emulator `W_E = U diag(S) Vh`, and how it came about.
+
+    `U (out, k)` has orthonormal columns, `S (k,)` is positive and non-increasing, `Vh (k, in)`; float32.
+    `energies (min(out, in),)` are the squared output magnitudes per direction, descending, float64: per token
+    with calibration data, squared singular values of W without.
+    `energetic` directions carry calibration energy; directions of U beyond them were filled in from the
+    remaining part of W. `floored` entries of S were raised to `S[0] / 1000`, with W_E unchanged.
+    """
+
+    U: torch.Tensor
+    S: torch.Tensor
+    Vh: torch.Tensor
+    energies: torch.Tensor
+    energetic: int
+    floored: int
+
+    @property
+    def rank(self) -> int:
+        """Number of kept directions k."""
+        return self.S.numel()
+
+    @property
+    def relative_error(self) -> float:
+        """‖X Wᵀ − X W_Eᵀ‖ / ‖X Wᵀ‖ in the Frobenius norm, from the discarded tail; a fraction 0–1."""
+        total = float(self.energies.sum())
+        return (float(self.energies[self.rank :].sum()) / total) ** 0.5 if total > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class Step:
+    """Progress of a stage: `done` of `total` units of work, and what was just finished."""
+
+    title: str
+    done: int
+    total: int
+    detail: str = ""
+
+
+Progress = Callable[[Step], None]
+
+
+def silent(step: Step) -> None:
+    """The default progress callback: shows nothing."""

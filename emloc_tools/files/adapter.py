@@ -103,7 +103,10 @@ class Adapter:
         for key in (A, B):
             if key not in self.tensors:
                 raise FormatError("A4", self.weights_path, key, "is missing although its partner is there")
-        rank, alpha = self._value(module, "r", "rank_pattern"), self._value(module, "lora_alpha", "alpha_pattern")
+        rank, alpha = (
+            self._value(module, "r", "rank_pattern"),
+            self._value(module, "lora_alpha", "alpha_pattern"),
+        )
         shape_A, shape_B = self.tensors.spec(A).shape, self.tensors.spec(B).shape
         if len(shape_A) != 2 or len(shape_B) != 2 or not shape_A[0] == shape_B[1] == rank:
             message = f"has shapes A {list(shape_A)} and B {list(shape_B)}; the configuration says rank {rank:g}"

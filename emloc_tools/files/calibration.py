@@ -12,7 +12,13 @@ import torch
 
 from emloc_tools.errors import FormatError
 from emloc_tools.files.folders import write_json
-from emloc_tools.files.manifest import CalibrationManifest, GramRecord, file_hash, manifest_dict, read_manifest
+from emloc_tools.files.manifest import (
+    CalibrationManifest,
+    GramRecord,
+    file_hash,
+    manifest_dict,
+    read_manifest,
+)
 from emloc_tools.files.tensors import ShardedWriter, TensorFolder, TensorSpec, content_hash
 from emloc_tools.records import Gram, Side
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,9 @@ tags:
 
 # EMLoC emulator of {base}
 
-A light low-rank stand-in for **{base}** ({architecture}), made by emloc-tools {version}: {layers} linear layers are held
-as `U diag(S) Vh`, {parameters:,} parameters instead of {base_parameters:,}. It is made for one thing: training a LoRA in
-little memory. It is not a model to use by itself.
+A light low-rank stand-in for **{base}** ({architecture}), made by emloc-tools {version}: {layers} linear layers are
+held as `U diag(S) Vh`, {parameters:,} parameters instead of {base_parameters:,}. It is made for one thing: training a
+LoRA in little memory. It is not a model to use by itself.
 
 1. Load it with the Auto classes of transformers and `trust_remote_code=True`, and train a LoRA with any trainer.
 2. Run `emloc-tools correct --emulator THIS_FOLDER --adapter YOUR_LORA --base {base} --output CORRECTED`.
@@ -36,10 +37,24 @@ What it was made from is in `emulator.json`.
 """
 
 
+@dataclass(frozen=True)
+class WrittenEmulator:
+    """A finished emulator folder. `nbytes` are those of its tensors.
+
+    `left_dense` are chosen layers whose factors would not have been smaller.
+    """
+
+    folder: Path
+    manifest: EmulatorManifest
+    nbytes: int
+    left_dense: tuple[str, ...] = ()
+
+
 class EmulatorWriter:
     """Writes the tensors of an emulator in any order, then everything else.
 
-    `dense` are tensors taken over from the base; `factored` maps a layer to its `(out, in, rank)`. The factors have `dtype`.
+    `dense` are tensors taken over from the base; `factored` maps a layer to its `(out, in, rank)`. The factors have
+    `dtype`.
     """
 
     def __init__(
@@ -55,7 +70,9 @@ class EmulatorWriter:
         specs = list(dense)
         for name, (out_features, in_features, rank) in factored.items():
             shapes = ((out_features, rank), (rank,), (rank, in_features))
-            specs += [TensorSpec(f"{name}.{factor}", dtype, shape) for factor, shape in zip(FACTORS, shapes, strict=True)]
+            specs += [
+                TensorSpec(f"{name}.{factor}", dtype, shape) for factor, shape in zip(FACTORS, shapes, strict=True)
+            ]
         self.parameters = sum(torch.Size(spec.shape).numel() for spec in specs)
         # The guard: a weight of one element, on which any loader without our class fails.
         self._guard = f"{min(factored)}.weight"

@@ -37,6 +37,7 @@ DTYPES: dict[str, torch.dtype] = {
     "F8_E5M2": torch.float8_e5m2,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+MAX_SHARD_SIZE = 5_000_000_000  # bytes; what the Hub recommends for one file
 MAX_HEADER = 100_000_000  # the format's own limit, in bytes
 SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*\.safetensors")
 
@@ -157,9 +158,7 @@ class TensorFolder:
     `bytes_read` counts what was read since the start.
     """
 
-    def __init__(
-        self, weight_map: Mapping[str, str], locate: Callable[[str], Path], rule: str = "safetensors"
-    ) -> None:
+    def __init__(self, weight_map: Mapping[str, str], locate: Callable[[str], Path], rule: str = "safetensors") -> None:
         self.weight_map, self._locate, self._rule = dict(weight_map), locate, rule
         self._files: dict[str, TensorFile] = {}
         self.bytes_read = 0
@@ -178,7 +177,9 @@ class TensorFolder:
         return folder
 
     @classmethod
-    def of_model(cls, locate: Callable[[str], Path | None], stem: str = "model", rule: str = "safetensors") -> TensorFolder:
+    def of_model(
+        cls, locate: Callable[[str], Path | None], stem: str = "model", rule: str = "safetensors"
+    ) -> TensorFolder:
         """A Hugging Face checkpoint: `<stem>.safetensors.index.json` and its shards, else `<stem>.safetensors`.
 
         `locate` returns None for a file that does not exist.
@@ -220,7 +221,9 @@ class TensorFolder:
     def __enter__(self) -> TensorFolder:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def _open(self, tensor: str) -> TensorFile:
@@ -339,7 +342,11 @@ def _layout(shard: Sequence[TensorSpec], metadata: Mapping[str, str]) -> tuple[b
     for spec in sorted(shard, key=lambda spec: -spec.dtype.itemsize):
         starts[spec.name] = end
         offsets = [end, end + spec.nbytes]
-        header[spec.name] = {"dtype": DTYPE_NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": offsets}
+        header[spec.name] = {
+            "dtype": DTYPE_NAMES[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": offsets,
+        }
         end += spec.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -375,5 +382,3 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _whole_numbers(values: Sequence[object]) -> bool:
     return all(isinstance(value, int) and not isinstance(value, bool) and value >= 0 for value in values)
-
-

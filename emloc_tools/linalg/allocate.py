@@ -30,9 +30,7 @@ def uniform_ranks(layers: Sequence[Layer], ratio: float) -> dict[str, int]:
 
 def stored_values(layers: Sequence[Layer], ranks: Mapping[str, int]) -> int:
     """Values that the layers need: U, S and Vh where a rank is given, W elsewhere (biases not counted)."""
-    return sum(
-        ranks[layer.name] * layer.rank_cost if layer.name in ranks else layer.parameters for layer in layers
-    )
+    return sum(ranks[layer.name] * layer.rank_cost if layer.name in ranks else layer.parameters for layer in layers)
 
 
 def ratio_for_budget(layers: Sequence[Layer], budget: int) -> float | None:

@@ -82,9 +82,7 @@ def orthonormal_rows(A: torch.Tensor, B: torch.Tensor) -> tuple[torch.Tensor, to
     return A_rows, B_rows, directions
 
 
-def clamp_columns(
-    D: torch.Tensor, update: torch.Tensor, clamp: float | None
-) -> tuple[torch.Tensor, int]:
+def clamp_columns(D: torch.Tensor, update: torch.Tensor, clamp: float | None) -> tuple[torch.Tensor, int]:
     """Scale every column of `D (out, r)` so that its mean magnitude is at most `clamp` times that of `update`'s."""
     if clamp is None:
         return D, 0

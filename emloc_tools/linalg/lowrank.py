@@ -17,9 +17,7 @@ from emloc_tools.records import Gram, LowRank
 S_FLOOR = 1e-3  # relative to S[0]; keeps the rows of Vh finite in float16 and does not change W_E
 
 
-def decompose(
-    W: torch.Tensor, rank: int, gram: Gram | None = None, *, dtype: torch.dtype = torch.float64
-) -> LowRank:
+def decompose(W: torch.Tensor, rank: int, gram: Gram | None = None, *, dtype: torch.dtype = torch.float64) -> LowRank:
     """The emulator of `W (out, in)` with `rank` directions, `1 <= rank <= min(out, in)`.
 
     Without `gram` it is the truncated SVD of W. All products and eigendecompositions run in `dtype` on W's
@@ -104,7 +102,7 @@ def _magnitudes(energies: torch.Tensor, energetic: int, *, tokens: int) -> tuple
     S = (energies / tokens).sqrt()
     S[energetic:] = 0
     floor = float(S[0]) * S_FLOOR or 1.0
-    return S.clamp(min=floor), int((S < floor).sum())
+    return S.clamp(min=floor), int((floor > S).sum())
 
 
 def _square_root(G: torch.Tensor) -> torch.Tensor:

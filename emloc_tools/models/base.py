@@ -54,7 +54,7 @@ def oriented(layer: Layer, weight: torch.Tensor) -> torch.Tensor:
 
 
 def choose_device(device: str) -> str:
-    """`auto` is the first CUDA device if there is one, else the CPU. Raises `InputError` for one that cannot be used."""
+    """`auto` is the first CUDA device, else the CPU. Raises `InputError` for a device that cannot be used."""
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -137,7 +137,9 @@ def factor_layers(model, ranks):
         elif isinstance(old, nn.Linear):
             new = LowRankLinear(old.in_features, old.out_features, rank, **options)
         else:
-            raise TypeError(f"{path} is a {type(old).__name__}; this emulator was made for another version of its model class")
+            raise TypeError(
+                f"{path} is a {type(old).__name__}; this emulator was made for another version of its model class"
+            )
         new.train(old.training)
         parent, _, child = path.rpartition(".")
         setattr(model.get_submodule(parent) if parent else model, child, new)

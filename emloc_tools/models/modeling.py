@@ -57,11 +57,19 @@ def modeling_source(config: Any, architecture: str) -> tuple[str, dict[str, str]
     import transformers
 
     if not hasattr(transformers, architecture):
-        raise UnsupportedError(f"{architecture} is not part of transformers; its emulator could not be loaded by trainers")
+        raise UnsupportedError(
+            f"{architecture} is not part of transformers; its emulator could not be loaded by trainers"
+        )
     classes = {auto: cls for auto in AUTO_CLASSES if (cls := _class_for(auto, config))}
     own = _without_docstring(inspect.getsource(lowrank_modules))
     names = sorted({*classes.values(), architecture})
-    text = HEADER.format(architecture=architecture) + "\n" + own + "\n" + "".join(CLASS.format(name=name) for name in names)
+    text = (
+        HEADER.format(architecture=architecture)
+        + "\n"
+        + own
+        + "\n"
+        + "".join(CLASS.format(name=name) for name in names)
+    )
     return text, {auto: f"{FILE}.{emulator_name(name)}" for auto, name in classes.items()}
 
 

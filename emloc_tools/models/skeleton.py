@@ -34,7 +34,7 @@ def model_class(config: Any, source: Source, *, trust_remote_code: bool = False)
 
     name = (getattr(config, "architectures", None) or [None])[0]
     if name is None:
-        raise InputError(f"{source.id}: config.json names no architecture; add \"architectures\": [\"<model class>\"]")
+        raise InputError(f'{source.id}: config.json names no architecture; add "architectures": ["<model class>"]')
     known = getattr(transformers, name, None)
     if known is not None:
         return known  # type: ignore[no-any-return]
@@ -42,7 +42,9 @@ def model_class(config: Any, source: Source, *, trust_remote_code: bool = False)
     if reference is None:
         raise UnsupportedError(f"{source.id}: transformers {transformers.__version__} does not know {name}")
     if not trust_remote_code:
-        raise UnsupportedError(f"{source.id}: {name} is code in the model's own folder; pass --trust-remote-code to run it")
+        raise UnsupportedError(
+            f"{source.id}: {name} is code in the model's own folder; pass --trust-remote-code to run it"
+        )
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
     return get_class_from_dynamic_module(reference, str(source.folder))  # type: ignore[no-any-return]

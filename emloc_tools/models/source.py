@@ -35,7 +35,9 @@ class Source:
         except LocalEntryNotFoundError as error:
             if name.endswith(".index.json"):
                 return None  # single-file models have none, and offline nobody can tell
-            raise InputError(f"{self.id}: {name} is neither in the local cache nor can it be fetched: {_first_line(error)}") from error
+            raise InputError(
+                f"{self.id}: {name} is neither in the local cache nor can it be fetched: {_first_line(error)}"
+            ) from error
         except EntryNotFoundError:
             return None
 
@@ -58,7 +60,9 @@ def open_source(base: str, *, revision: str | None = None, trust_remote_code: bo
     if not (source.folder / "config.json").is_file():
         raise InputError(f"{base} has no config.json; --base takes a Hugging Face model folder or a Hub id")
     if source.locate("model.safetensors.index.json") is None and source.locate("model.safetensors") is None:
-        raise UnsupportedError(f"{base} holds no model.safetensors; weights are read only from safetensors, never unpickled")
+        raise UnsupportedError(
+            f"{base} holds no model.safetensors; weights are read only from safetensors, never unpickled"
+        )
     return source
 
 

@@ -1,10 +1,10 @@
 """Lock-step forward: run many batches through a model that is larger than memory, reading every weight once.
 
 Each batch runs the model's own, unmodified `forward` in a greenlet. The model is cut into units (usually its blocks).
-When a batch is about to enter a unit whose weights are not loaded, it is parked; the scheduler loads the unit, lets every
-parked batch through, frees it and goes on. So peak memory holds one unit, the activations of all batches between two
-units, and nothing that grows with depth. Running blocks one after the other by hand, as calibration
-pipelines usually do, is silently wrong for models whose forward does more between blocks.
+When a batch is about to enter a unit whose weights are not loaded, it is parked; the scheduler loads the unit, lets
+every parked batch through, frees it and goes on. So peak memory holds one unit, the activations of all batches between
+two units, and nothing that grows with depth. Running blocks one after the other by hand, as calibration pipelines
+usually do, is silently wrong for models whose forward does more between blocks.
 
 Greenlets and not threads: every thread brings its own OpenMP team and gradient mode, and a switch costs 35 times more.
 """
@@ -135,7 +135,8 @@ class LockStep:
     def run(self, calls: Sequence[Callable[[], Any]], done: Callable[[int, Any], None] | None = None) -> None:
         """Run all `calls` (each the forward of one batch) to their end; `done(index, result)` takes the results.
 
-        An exception in any batch, including Ctrl-C, unwinds all others and is raised here; afterwards the model is as before.
+        An exception in any batch, including Ctrl-C, unwinds all others and is raised here; afterwards the model is as
+        before.
         """
         scheduler = greenlet.getcurrent()
 

@@ -125,7 +125,9 @@ class ModelWeights:
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
             same.setdefault(id(parameter), []).append(name)
         tied = getattr(self.model, "all_tied_weights_keys", None) or {}
-        source_of = {name: name for name, _ in self.model.named_buffers() if name in self._recipes and name in persistent}
+        source_of = {
+            name: name for name, _ in self.model.named_buffers() if name in self._recipes and name in persistent
+        }
         for names in same.values():
             stored = [name for name in names if name in self._recipes]
             stored += [tied[name] for name in names if tied.get(name) in self._recipes]
@@ -171,7 +173,9 @@ def _conversions(model: nn.Module) -> _Conversions | None:
             rename_source_key,
         )
     except ImportError as error:
-        raise UnsupportedError(f"this transformers has no checkpoint conversions where they are expected: {error}") from error
+        raise UnsupportedError(
+            f"this transformers has no checkpoint conversions where they are expected: {error}"
+        ) from error
     transforms = get_model_conversion_mapping(model)
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
     return _Conversions(

@@ -1,20 +1,24 @@
-"""build-emulator: replace linear layers by the low-rank factors that best keep their outputs on the calibration data."""
+"""build-emulator: replace linear layers by the low-rank factors that best keep their outputs on calibration data."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from emloc_tools.errors import InputError, MismatchError, NumericalError
 from emloc_tools.files.calibration import Calibration
-from emloc_tools.files.emulator_writer import EmulatorWriter
+from emloc_tools.files.emulator_writer import EmulatorWriter, WrittenEmulator
 from emloc_tools.files.folders import check_output, new_folder, require_folder
-from emloc_tools.files.manifest import BaseRecord, CalibrationReference, EmulatorManifest, FactoredLayer, made_by
-from emloc_tools.files.tensors import TensorSpec, read_json
-from emloc_tools.linalg.allocate import adaptive_ranks, ratio_for_budget, uniform_ranks
+from emloc_tools.files.manifest import (
+    BaseRecord,
+    CalibrationReference,
+    FactoredLayer,
+    made_by,
+)
+from emloc_tools.files.tensors import MAX_SHARD_SIZE, TensorSpec, read_json
+from emloc_tools.linalg.allocate import adaptive_ranks, uniform_ranks
 from emloc_tools.linalg.lowrank import decompose, principal_directions
 from emloc_tools.models.base import BaseModel, choose_device, open_base, oriented, weight_name
 from emloc_tools.models.companions import copy_companions
@@ -22,19 +26,7 @@ from emloc_tools.models.layers import select_layers
 from emloc_tools.models.modeling import FILE, emulator_name, modeling_source
 from emloc_tools.models.weights import ModelWeights
 from emloc_tools.records import Allocation, Gram, Layer, LowRank, Progress, Step, silent
-
-MAX_SHARD_SIZE = 5_000_000_000
-
-
-@dataclass(frozen=True)
-class EmulatorResult:
-    """What `build_emulator` or `truncate` made. Parameters and bytes are those of all stored tensors."""
-
-    output: Path
-    manifest: EmulatorManifest
-    nbytes: int
-    base_nbytes: int
-    dense_layers: list[str]
+from emloc_tools.stages.budget import budget_ratio
 
 
 def build_emulator(
@@ -58,23 +50,19 @@ def build_emulator(
     overwrite: bool = False,
     command: str = "emloc_tools.stages.build_emulator",
     progress: Progress = silent,
-) -> EmulatorResult:
+) -> WrittenEmulator:
     """Write an emulator of `base` to `output`, reading one weight at a time.
 
     Exactly one of these sets its size: `ratio` (the fraction 0–1 of each chosen layer's values), `params` (all
-    parameters), `size` (all bytes) or `ranks` (a rank per layer). `allocation="adaptive"` spends the same budget across
-    layers by error removed per value, at the cost of reading the weights twice. Without `calibration` every layer gets
-    its truncated SVD. `dtype` of the factors: that of the base's weights by default. `eigen_dtype` is the precision of
-    the decompositions.
+    parameters), `size` (all bytes) or `ranks` (a rank per layer; all others stay dense). `allocation="adaptive"` spends
+    the same budget across layers by error removed per value, at the cost of reading the weights twice. Without
+    `calibration` every layer gets its truncated SVD. `dtype` of the factors: that of the base's weights by default.
+    `eigen_dtype` is the precision of the decompositions.
 
     Raises `InputError` for unusable options, `MismatchError` if the calibration belongs to another base,
     `NumericalError` for NaN or infinity.
     """
     check_output(output, overwrite=overwrite)
-    if sum(value is not None for value in (ratio, params, size, ranks)) != 1:
-        raise InputError("give exactly one of --ratio, --params and --size")
-    if ratio is not None and not 0 < ratio < 1:
-        raise InputError(f"--ratio {ratio:g} is outside 0 to 1: it is the fraction of a layer's values to keep, such as 0.25")
     opened = open_base(base, revision=revision, trust_remote_code=trust_remote_code)
     modeling, auto_map = modeling_source(opened.config, opened.architecture)
     statistics = _open_calibration(calibration)
@@ -83,8 +71,11 @@ def build_emulator(
     factory = _Factory(weights, statistics, choose_device(device), getattr(torch, eigen_dtype), progress)
     stored_dtype = _factor_dtype(weights, layers, dtype)
     specs = [TensorSpec(name, *weights.stored_spec(name)) for name in weights.stored_names()]
+    given = ranks is not None
     if ranks is None:
-        ratio = ratio if ratio is not None else _budget_ratio(specs, layers, stored_dtype, params, size)
+        chosen = {weight_name(layer) for layer in layers}
+        dense = [spec for spec in specs if spec.name not in chosen]
+        ratio = budget_ratio(dense, layers, stored_dtype, ratio=ratio, params=params, size=size)
         ranks = uniform_ranks(layers, ratio)
         if allocation == "adaptive":
             shares = {layer.name: factory.shares(layer, len(layers)) for layer in layers if layer.name in ranks}
@@ -97,7 +88,7 @@ def build_emulator(
         writer = EmulatorWriter(
             folder,
             dense=[spec for spec in specs if spec.name not in replaced],
-            factored={name: (l.out_features, l.in_features, ranks[name]) for name, l in factored.items()},
+            factored={name: (layer.out_features, layer.in_features, ranks[name]) for name, layer in factored.items()},
             dtype=stored_dtype,
             max_shard_size=max_shard_size,
         )
@@ -122,7 +113,7 @@ def build_emulator(
                     "base": BaseRecord(id=base, revision=opened.source.revision, architecture=opened.architecture),
                     "calibration": statistics
                     and CalibrationReference(hash=statistics.hash, data=statistics.manifest.data),
-                    "allocation": "given" if ratio is None else allocation,
+                    "allocation": "given" if given else allocation,
                     "eigen_dtype": eigen_dtype,
                     "base_parameters": sum(torch.Size(spec.shape).numel() for spec in specs),
                     "layers": records,
@@ -131,13 +122,8 @@ def build_emulator(
             )
         finally:
             writer.close()
-    return EmulatorResult(
-        output=output,
-        manifest=manifest,
-        nbytes=writer.tensors.total_size,
-        base_nbytes=sum(spec.nbytes for spec in specs),
-        dense_layers=[layer.name for layer in layers if layer.name not in factored],
-    )
+    left_dense = tuple(layer.name for layer in layers if layer.name not in factored)
+    return WrittenEmulator(output, manifest, writer.tensors.total_size, left_dense)
 
 
 class _Factory:
@@ -177,8 +163,8 @@ class _Factory:
             expected = self._calibration.manifest.layers[layer.name].weight_hash
             if self._weights.hashes[name] != expected:
                 raise MismatchError(
-                    f"{name} is not the weight that was calibrated: the calibration in {self._calibration.folder} was made from "
-                    f"{self._calibration.manifest.base.id}; use that base, or calibrate this one"
+                    f"{name} is not the weight that was calibrated: the calibration in {self._calibration.folder} "
+                    f"was made from {self._calibration.manifest.base.id}; use that base, or calibrate this one"
                 )
         return oriented(layer, weight).to(self._device)
 
@@ -208,7 +194,10 @@ def _layers(
         layer = available.get(name)
         if layer is None and targets is not None:
             continue
-        if layer is None or (layer.out_features, layer.in_features) != (record.out_features, record.in_features):
+        if layer is None or (layer.out_features, layer.in_features) != (
+            record.out_features,
+            record.in_features,
+        ):
             raise MismatchError(
                 f"the calibration in {calibration.folder} was made from {calibration.manifest.base.id}; its layer "
                 f"{name} ({record.out_features} x {record.in_features}) is not in {opened.source.id}"
@@ -227,27 +216,6 @@ def _factor_dtype(weights: ModelWeights, layers: Sequence[Layer], dtype: str) ->
         return getattr(torch, dtype)  # type: ignore[no-any-return]
     stored, _ = weights.stored_spec(weight_name(layers[0]))
     return stored
-
-
-def _budget_ratio(
-    specs: Sequence[TensorSpec], layers: Sequence[Layer], dtype: torch.dtype, params: int | None, size: int | None
-) -> float:
-    """The uniform ratio at which everything stored keeps to the given number of parameters or bytes."""
-    replaced = {weight_name(layer) for layer in layers}
-    others = [spec for spec in specs if spec.name not in replaced]
-    if params is not None:
-        rest, wanted, unit, option = sum(torch.Size(spec.shape).numel() for spec in others), params, 1, "--params"
-    else:
-        assert size is not None  # exactly one of the two was given
-        rest, wanted, unit, option = sum(spec.nbytes for spec in others), size, dtype.itemsize, "--size"
-    ratio = ratio_for_budget(layers, (wanted - rest) // unit)
-    if ratio is None:
-        least = rest + sum(layer.rank_cost for layer in layers) * unit
-        raise InputError(f"{option} {wanted:,} is too small: what stays dense and rank 1 everywhere need {least:,}")
-    if ratio >= 1:
-        whole = rest + sum(layer.parameters for layer in layers) * unit
-        raise InputError(f"{option} {wanted:,} is not below the base itself ({whole:,}); an emulator would gain nothing")
-    return ratio
 
 
 def _config(opened: BaseModel, dtype: str) -> dict[str, object]:

@@ -15,6 +15,7 @@ from emloc_tools.errors import InputError, NumericalError
 from emloc_tools.files.calibration import GramEntry, GramSpool, write_calibration
 from emloc_tools.files.folders import check_output, new_folder
 from emloc_tools.files.manifest import BaseRecord, CalibratedLayer, DataRecord, file_hash, made_by
+from emloc_tools.files.tensors import MAX_SHARD_SIZE
 from emloc_tools.linalg.gram import accumulate, smaller_side
 from emloc_tools.models.base import choose_device, open_base, oriented, weight_name
 from emloc_tools.models.data import Batch, count_samples, count_tokens, load_batches
@@ -23,7 +24,6 @@ from emloc_tools.models.observe import Observer, Reading
 from emloc_tools.models.stream import LockStep, Unit
 from emloc_tools.records import Gram, Layer, Progress, Side, Step, silent
 
-MAX_SHARD_SIZE = 5_000_000_000
 Key = tuple[str, ...]
 
 
@@ -131,8 +131,9 @@ def calibrate(
 class Statistics:
     """Accumulates Grams while batches stream through a model, and moves those of a finished unit to disk.
 
-    A Gram is keyed by the layers that read the same tensor in the same calls. Should layers read the same tensor in some
-    batches and different ones in others, they appear under several keys, and a layer's Gram is the sum over its keys.
+    A Gram is keyed by the layers that read the same tensor in the same calls. Should layers read the same tensor in
+    some batches and different ones in others, they appear under several keys, and a layer's Gram is the sum over its
+    keys.
     """
 
     def __init__(
@@ -234,7 +235,8 @@ class Statistics:
         if not layer.has_bias:
             return reading.outputs[name]
         weight = self._stream.model.get_submodule(name).weight
-        assert reading.inputs is not None and isinstance(weight, torch.Tensor)  # wanted for every layer with bias
+        assert reading.inputs is not None  # wanted for every layer with bias
+        assert isinstance(weight, torch.Tensor)
         return reading.inputs.float() @ oriented(layer, weight).float().T
 
     def _add(self, key: Key, side: Side, rows: torch.Tensor) -> None:

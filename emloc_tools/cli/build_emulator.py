@@ -1,0 +1,91 @@
+"""`emloc-tools build-emulator`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from emloc_tools.cli import options
+
+EXAMPLE = """Example:
+
+\b
+  emloc-tools build-emulator --base meta-llama/Llama-3.1-8B --calibration calibration \\
+      --ratio 0.25 --output emulator
+"""
+
+
+@click.command(name="build-emulator", epilog=EXAMPLE)
+@options.base_options()
+@click.option("--calibration", type=options.FOLDER, help="Folder from calibrate.  [default: plain SVD of the weights]")
+@options.size_options
+@click.option(
+    "--allocation",
+    type=click.Choice(["uniform", "adaptive"]),
+    default="uniform",
+    show_default=True,
+    help="Same ratio for every layer, or more ranks where they remove more error.",
+)
+@options.layer_options
+@options.device_options("cpu", "Precision of the stored factors.  [default: that of the base]")
+@click.option(
+    "--eigen-dtype",
+    type=click.Choice(["float64", "float32"]),
+    default="float64",
+    show_default=True,
+    help="Precision of the decompositions.",
+)
+@options.shard_option
+@options.output_options
+@options.report_options
+def build_emulator(
+    base: str,
+    revision: str | None,
+    trust_remote_code: bool,
+    calibration: Path | None,
+    ratio: float | None,
+    params: int | None,
+    size: int | None,
+    allocation: str,
+    targets: str | None,
+    exclude: str | None,
+    device: str,
+    dtype: str,
+    eigen_dtype: str,
+    max_shard_size: int,
+    output: Path,
+    overwrite: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Build the light emulator of a base that a LoRA is trained on.
+
+    Every linear layer becomes low-rank factors that best keep its outputs on the calibration data. Weights are read
+    one at a time.
+    """
+    from emloc_tools.cli import console, emulators
+    from emloc_tools.stages.build_emulator import build_emulator as run
+
+    with console.progress(hidden=quiet or as_json) as progress:
+        written = run(
+            base=base,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            calibration=calibration,
+            ratio=ratio,
+            params=params,
+            size=size,
+            allocation="adaptive" if allocation == "adaptive" else "uniform",
+            targets=targets,
+            exclude=exclude,
+            device=device,
+            dtype=dtype,
+            eigen_dtype=eigen_dtype,
+            max_shard_size=max_shard_size,
+            output=output,
+            overwrite=overwrite,
+            command=options.command_line(),
+            progress=progress,
+        )
+    console.emit(written, as_json=as_json, quiet=quiet, draw=lambda out: emulators.draw(out, written))

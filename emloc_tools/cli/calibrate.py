@@ -1,0 +1,86 @@
+"""`emloc-tools calibrate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from emloc_tools.cli import options
+
+EXAMPLE = """Example:
+
+\b
+  emloc-tools calibrate --base meta-llama/Llama-3.1-8B --data train.jsonl --output calibration
+"""
+
+
+@click.command(epilog=EXAMPLE)
+@options.base_options()
+@options.data_options(samples=64)
+@options.layer_options
+@options.device_options("auto", "Precision of the forward pass.  [default: that of the base]")
+@options.shard_option
+@options.output_options
+@options.report_options
+def calibrate(
+    base: str,
+    revision: str | None,
+    trust_remote_code: bool,
+    data: Path,
+    samples: int,
+    max_length: int,
+    batch_size: int,
+    seed: int,
+    targets: str | None,
+    exclude: str | None,
+    device: str,
+    dtype: str,
+    max_shard_size: int,
+    output: Path,
+    overwrite: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Record what a task's samples look like to every linear layer of a base.
+
+    The base is read once, block by block, and may be larger than memory.
+    """
+    from emloc_tools.cli import console
+    from emloc_tools.stages.calibrate import calibrate as run
+
+    with console.progress(hidden=quiet or as_json) as progress:
+        result = run(
+            base=base,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            data=data,
+            samples=samples,
+            max_length=max_length,
+            batch_size=batch_size,
+            seed=seed,
+            targets=targets,
+            exclude=exclude,
+            device=device,
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+            output=output,
+            overwrite=overwrite,
+            command=options.command_line(),
+            progress=progress,
+        )
+    rows = [
+        ("samples", result.samples),
+        ("tokens", result.tokens),
+        ("layers", result.layers),
+        ("statistics", f"{result.grams} Gram matrices, {console.size(result.gram_bytes)}"),
+        ("read", console.size(result.bytes_read)),
+    ]
+    if result.unreached:
+        rows.append(("no data reached", f"{len(result.unreached)} layers, such as {result.unreached[0]}"))
+    rows.append(
+        ("next", f"emloc-tools build-emulator --base {base} --calibration {output} --ratio 0.25 --output EMULATOR")
+    )
+    console.emit(
+        result, as_json=as_json, quiet=quiet, draw=lambda out: console.facts(out, f"Calibration in {output}", rows)
+    )

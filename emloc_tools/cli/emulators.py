@@ -1,0 +1,55 @@
+"""How a new emulator is shown, by the two commands that write one."""
+
+from __future__ import annotations
+
+from statistics import mean
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from emloc_tools.cli import console
+
+if TYPE_CHECKING:
+    from emloc_tools.files.emulator_writer import WrittenEmulator
+
+ROWS = 12  # layers shown after building; `inspect` shows all
+
+
+def draw(out: Console, written: WrittenEmulator) -> None:
+    """Size, errors and the layers with the largest error."""
+    manifest = written.manifest
+    errors = {name: layer.relative_error for name, layer in manifest.layers.items()}
+    part = manifest.parameters / manifest.base_parameters
+    rows: list[tuple[str, Any]] = [
+        ("base", f"{manifest.base.id} ({manifest.base.architecture})"),
+        ("parameters", f"{manifest.parameters:,} of {manifest.base_parameters:,} ({part:.0%})"),
+        ("size", console.size(written.nbytes)),
+        ("factored", f"{len(errors)} layers, ranks by {manifest.allocation} allocation"),
+        ("relative error", f"mean {mean(errors.values()):.4f}, largest {max(errors.values()):.4f}"),
+    ]
+    if manifest.calibration is None:
+        rows.append(
+            ("calibration", "none: every layer is the plain SVD of its weight; calibrated factors are far better")
+        )
+    if written.left_dense:
+        rows.append(("left dense", f"{len(written.left_dense)} layers that factors would not make smaller"))
+    short = [name for name, layer in manifest.layers.items() if layer.energetic < layer.rank]
+    if short:
+        rows.append(("filled", f"{len(short)} layers had fewer directions in the data than ranks, such as {short[0]}"))
+    rows.append(("next", f"train a LoRA on {written.folder} (trust_remote_code=True), then emloc-tools correct"))
+    console.facts(out, f"Emulator in {written.folder}", rows)
+    worst = sorted(errors, key=lambda name: -errors[name])[:ROWS]
+    out.print(
+        f"\n[bold]Largest errors[/bold] ({len(worst)} of {len(errors)}; all: emloc-tools inspect {written.folder})"
+    )
+    table = [
+        {
+            "layer": name,
+            "out": manifest.layers[name].out_features,
+            "in": manifest.layers[name].in_features,
+            "rank": manifest.layers[name].rank,
+            "relative error": errors[name],
+        }
+        for name in worst
+    ]
+    console.layer_table(out, table, bars=["relative error"])

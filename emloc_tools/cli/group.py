@@ -1,0 +1,68 @@
+"""The `emloc-tools` group: its commands, and the one place where expected errors become a message and exit status 1."""
+
+from __future__ import annotations
+
+import errno
+from typing import Any
+
+import click
+
+from emloc_tools import __version__
+from emloc_tools.cli.build_emulator import build_emulator
+from emloc_tools.cli.calibrate import calibrate
+from emloc_tools.cli.correct import correct
+from emloc_tools.cli.demo import demo
+from emloc_tools.cli.evaluate import evaluate
+from emloc_tools.cli.inspect import inspect
+from emloc_tools.cli.merge_calibration import merge_calibration
+from emloc_tools.cli.truncate import truncate
+from emloc_tools.errors import EmlocError
+
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+
+
+class Group(click.Group):
+    """Lists commands in the order of work, and turns expected errors into one line."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The commands as they were added: the order in which they are used."""
+        return list(self.commands)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command. Unexpected exceptions keep their traceback."""
+        try:
+            return super().invoke(ctx)
+        except EmlocError as error:
+            _fail(ctx, str(error), 1)
+        except OSError as error:
+            if error.errno not in DISK_ERRORS:
+                raise
+            _fail(ctx, f"{error.filename or 'writing'}: {error.strerror}; nothing was left under the final name", 1)
+        except KeyboardInterrupt:
+            _fail(ctx, "interrupted; nothing was left under the final name", 130)
+
+
+def _fail(ctx: click.Context, message: str, status: int) -> None:
+    click.echo(f"Error: {' '.join(message.split())}", err=True)
+    ctx.exit(status)
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="emloc-tools")
+def main() -> None:
+    """Fine-tune a large model with LoRA in the memory of a small one (EMLoC).
+
+    Train the LoRA on a light low-rank emulator of the model, with any trainer; then correct it for the model itself:
+
+    \b
+      emloc-tools calibrate      base + data         -> calibration
+      emloc-tools build-emulator base + calibration  -> emulator
+      (any trainer)              emulator            -> LoRA adapter
+      emloc-tools correct        adapter + emulator + base -> LoRA adapter for the base
+
+    `emloc-tools demo` runs all of it in a few minutes, without any download.
+    """
+
+
+for command in (calibrate, merge_calibration, build_emulator, truncate, correct, evaluate, inspect, demo):
+    main.add_command(command)

@@ -1,0 +1,152 @@
+"""Options that several commands share, and the types of their values."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+FOLDER = click.Path(path_type=Path, file_okay=False)
+FILE = click.Path(path_type=Path)
+
+
+class Quantity(click.ParamType):
+    """A whole number with an optional unit, such as `2B` parameters or `8GiB`."""
+
+    def __init__(self, name: str, units: dict[str, int]) -> None:
+        self.name, self._units = name, units
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """The number of units 1."""
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", value.strip())
+        unit = {name.lower(): factor for name, factor in self._units.items()}.get(match[2].lower()) if match else None
+        if match is None or unit is None or float(match[1]) * unit < 1:
+            self.fail(f"{value!r} is not a size such as {', '.join(self._examples())}", param, ctx)
+        return int(float(match[1]) * unit)
+
+    def _examples(self) -> list[str]:
+        return [f"2{unit}" for unit in list(self._units)[1:4]]
+
+
+PARAMETERS = Quantity("COUNT", {"": 1, "M": 10**6, "B": 10**9, "K": 10**3, "T": 10**12})
+BYTES = Quantity(
+    "SIZE",
+    {
+        "": 1,
+        "MiB": 2**20,
+        "GiB": 2**30,
+        "GB": 10**9,
+        "B": 1,
+        "KB": 10**3,
+        "MB": 10**6,
+        "TB": 10**12,
+        "KiB": 2**10,
+        "TiB": 2**40,
+    },
+)
+
+
+def base_options(required: bool = True) -> Callable[[Command], Command]:
+    """--base, --revision and --trust-remote-code."""
+    return _stack(
+        click.option("--base", metavar="BASE", required=required, help="Base model: a folder, or a Hub id (org/name)."),
+        click.option("--revision", metavar="REV", help="Branch, tag or commit of a Hub id."),
+        click.option(
+            "--trust-remote-code", is_flag=True, help="Run Python code from the base's folder. Off by default."
+        ),
+    )
+
+
+def data_options(samples: int | None) -> Callable[[Command], Command]:
+    """--data and how it is read."""
+    shown = "all" if samples is None else str(samples)
+    return _stack(
+        click.option(
+            "--data",
+            type=FILE,
+            required=True,
+            help="JSONL with text, messages, or prompt and completion; or .safetensors with ready model inputs.",
+        ),
+        click.option(
+            "--samples", type=click.IntRange(min=1), default=samples, help=f"How many to use.  [default: {shown}]"
+        ),
+        click.option(
+            "--max-length", type=click.IntRange(min=2), default=2048, show_default=True, help="Tokens per sample."
+        ),
+        click.option(
+            "--batch-size", type=click.IntRange(min=1), default=1, show_default=True, help="Samples per batch."
+        ),
+        click.option("--seed", type=int, default=0, show_default=True, help="Chooses the samples."),
+    )
+
+
+def layer_options(command: Command) -> Command:
+    """--targets and --exclude."""
+    return _stack(
+        click.option("--targets", metavar="REGEX", help="Linear layers to treat.  [default: all in repeated blocks]"),
+        click.option("--exclude", metavar="REGEX", help="Linear layers to leave as they are."),
+    )(command)
+
+
+def size_options(command: Command) -> Command:
+    """--ratio, --params and --size, of which exactly one is given."""
+    return _stack(
+        click.option("--ratio", type=float, help="Part of each layer's values to keep, 0 to 1, such as 0.25."),
+        click.option("--params", type=PARAMETERS, help="Parameters of the whole emulator, such as 2B."),
+        click.option("--size", type=BYTES, help="Size of the whole emulator, such as 8GiB."),
+    )(command)
+
+
+def device_options(device: str, dtype_help: str) -> Callable[[Command], Command]:
+    """--device and --dtype."""
+    dtypes = click.Choice(["auto", "float32", "bfloat16", "float16"])
+    return _stack(
+        click.option("--device", default=device, show_default=True, help="auto, cpu, cuda, cuda:1, ..."),
+        click.option("--dtype", type=dtypes, default="auto", help=dtype_help),
+    )
+
+
+def output_options(command: Command) -> Command:
+    """--output and --overwrite."""
+    return _stack(
+        click.option("--output", type=FOLDER, required=True, help="Folder to write."),
+        click.option("--overwrite", is_flag=True, help="Replace an existing output of emloc-tools."),
+    )(command)
+
+
+def shard_option(command: Command) -> Command:
+    """--max-shard-size."""
+    return click.option(
+        "--max-shard-size", type=BYTES, default="5GB", show_default=True, help="Largest size of one tensor file."
+    )(command)
+
+
+def report_options(command: Command) -> Command:
+    """--json and --quiet."""
+    return _stack(
+        click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else on stdout."),
+        click.option("--quiet", is_flag=True, help="Print errors only."),
+    )(command)
+
+
+def command_line() -> str:
+    """The command line, for the provenance of an artifact."""
+    return shlex.join(["emloc-tools", *sys.argv[1:]])
+
+
+def _stack(*options: Callable[[Any], Any]) -> Callable[[Command], Command]:
+    def decorate(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate

@@ -1,0 +1,248 @@
+"""evaluate: loss, perplexity and token accuracy of a base, an emulator, and either with adapters; streamed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from emloc_tools.errors import InputError, NumericalError, UnsupportedError
+from emloc_tools.files.adapter import Adapter
+from emloc_tools.files.emulator import Emulator
+from emloc_tools.files.folders import require_folder
+from emloc_tools.files.tensors import TensorFolder
+from emloc_tools.models.base import choose_device, open_base
+from emloc_tools.models.data import Batch, load_batches
+from emloc_tools.models.loading import emulator_class
+from emloc_tools.models.lora import LoraPair, attach_loras
+from emloc_tools.models.skeleton import build_skeleton, compute_dtype, load_config
+from emloc_tools.models.source import Source
+from emloc_tools.models.stream import LockStep
+from emloc_tools.models.weights import ModelWeights
+from emloc_tools.records import Progress, Step, silent
+
+ROWS_PER_SOFTMAX = 512  # bounds the float32 copy of the logits: 512 x 128256 x 4 bytes = 263 MB
+TOKENS_IN_FLIGHT = 65536  # activations of so many tokens are held while the model streams by once
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One model with at most one adapter: mean loss in nats per target token, and the part predicted rightly."""
+
+    model: str
+    adapter: str | None
+    loss: float
+    accuracy: float
+    tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss)."""
+        return math.exp(min(self.loss, 700.0))
+
+
+def evaluate(
+    *,
+    data: Path,
+    base: str | None = None,
+    emulator: Path | None = None,
+    adapters: Sequence[Path] = (),
+    revision: str | None = None,
+    samples: int | None = None,
+    max_length: int | None = 2048,
+    batch_size: int = 1,
+    seed: int = 0,
+    device: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    progress: Progress = silent,
+) -> list[Evaluation]:
+    """Evaluate `base`, `emulator`, or both, each without an adapter and with every one of `adapters`.
+
+    Targets are all tokens of a `text` or a chat, and the completion of a `prompt`. A corrected adapter belongs to the
+    base and is not run on the emulator. All variants of a model share one pass over its weights; peak memory is that of
+    one unit and the activations. Raises `UnsupportedError` for models that do not predict the next token.
+    """
+    if base is None and emulator is None:
+        raise InputError("give --base, --emulator or both")
+    opened = []
+    if base is not None:
+        opened.append(_open_base_model(base, revision, dtype, trust_remote_code))
+    if emulator is not None:
+        opened.append(_open_emulator(emulator, dtype))
+    loaded = {path: _load_adapter(path) for path in adapters}
+    device = choose_device(device)
+    results = []
+    for number, target in enumerate(opened):
+        usable = {str(p): pairs for p, (pairs, corrected) in loaded.items() if not (corrected and target.is_emulator)}
+        batches = load_batches(
+            data,
+            target.source,
+            samples=samples,
+            max_length=max_length,
+            batch_size=batch_size,
+            seed=seed,
+            trust_remote_code=trust_remote_code,
+        )
+        variants = [None, *usable]
+        with target.tensors:
+            sums = _run(target, batches, list(usable.values()), device, number, len(opened), progress)
+        for variant, total in zip(variants, sums, strict=True):
+            results.append(total.result(target.name, variant))
+    return results
+
+
+@dataclass(frozen=True)
+class _Target:
+    """A model to evaluate."""
+
+    name: str
+    is_emulator: bool
+    source: Source
+    model: nn.Module
+    weights: ModelWeights
+    tensors: TensorFolder
+
+
+@dataclass
+class _Sum:
+    """Running sums over target tokens."""
+
+    loss: float = 0.0
+    correct: int = 0
+    tokens: int = 0
+
+    def result(self, model: str, adapter: str | None) -> Evaluation:
+        if not self.tokens:
+            raise InputError("the data hold no token to predict; samples need at least two tokens")
+        if not math.isfinite(self.loss):
+            raise NumericalError(f"{model}: the loss is not finite; try --dtype float32")
+        return Evaluation(model, adapter, self.loss / self.tokens, self.correct / self.tokens, self.tokens)
+
+
+def _open_base_model(base: str, revision: str | None, dtype: str, trust_remote_code: bool) -> _Target:
+    opened = open_base(base, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
+    _require_causal(opened.architecture)
+    return _Target("base", False, opened.source, opened.model, opened.weights(), opened.tensors)
+
+
+def _open_emulator(folder: Path, dtype: str) -> _Target:
+    require_folder(folder, "an emulator")
+    bundle = Emulator(folder)
+    architecture = bundle.manifest.base.architecture
+    _require_causal(architecture)
+    source = Source(str(folder), None, folder)
+    config = load_config(source)
+    model = build_skeleton(emulator_class(architecture), config, dtype=compute_dtype(config, dtype))
+    weights = ModelWeights(model, bundle.tensors, convert=False)
+    return _Target("emulator", True, source, model, weights, bundle.tensors)
+
+
+def _require_causal(architecture: str) -> None:
+    from transformers.models.auto import modeling_auto
+
+    causal = set(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    if architecture not in causal:
+        raise UnsupportedError(
+            f"{architecture} does not predict the next token; evaluate works for causal language models"
+        )
+
+
+def _load_adapter(path: Path) -> tuple[dict[str, LoraPair], bool]:
+    require_folder(path, "a PEFT adapter")
+    adapter = Adapter(path)
+    if adapter.other_tensors:
+        raise UnsupportedError(
+            f"{path} holds {adapter.other_tensors[0]} beside LoRA pairs, which evaluate cannot apply"
+        )
+    pairs = {module: LoraPair(*adapter.pair(module), keys.scaling) for module, keys in adapter.loras.items()}
+    adapter.close()
+    return pairs, adapter.corrected
+
+
+def _run(
+    target: _Target,
+    batches: Sequence[Batch],
+    adapters: Sequence[Mapping[str, LoraPair]],
+    device: str,
+    number: int,
+    models: int,
+    progress: Progress,
+) -> list[_Sum]:
+    """Sums without adapter and with each one. The model streams by once per wave of batches."""
+    variants = range(-1, len(adapters))
+    stream = LockStep(target.model, target.weights, device=device)
+    waves = list(_waves([(batch, variant) for batch in batches for variant in variants]))
+    sums = [_Sum() for _ in variants]
+    done = 0
+
+    def report(unit: object) -> None:
+        nonlocal done
+        done += 1
+        total = len(stream.units) * len(waves)
+        progress(Step("evaluate", min(total * models, number * total + done), total * models, target.name))
+
+    stream.on_unit_done = report
+    for wave in waves:
+        handles = attach_loras(target.model, adapters, lambda wave=wave: _adapter(wave[stream.current][1]))  # type: ignore[misc]
+
+        def add(index: int, logits: torch.Tensor, wave: Sequence[tuple[Batch, int]] = wave) -> None:
+            batch, variant = wave[index]
+            _add(sums[variant + 1], batch, logits)
+
+        stream.run([_forward(target.model, batch, stream.device) for batch, _ in wave], add)
+        for handle in handles:
+            handle.remove()
+    stream.close()
+    return sums
+
+
+def _adapter(variant: int) -> int | None:
+    return None if variant < 0 else variant
+
+
+def _waves(work: Sequence[tuple[Batch, int]]) -> list[list[tuple[Batch, int]]]:
+    waves: list[list[tuple[Batch, int]]] = [[]]
+    tokens = 0
+    for batch, variant in work:
+        size = next(iter(batch.inputs.values())).numel()
+        if waves[-1] and tokens + size > TOKENS_IN_FLIGHT:
+            waves.append([])
+            tokens = 0
+        waves[-1].append((batch, variant))
+        tokens += size
+    return waves
+
+
+def _forward(model: nn.Module, batch: Batch, device: torch.device) -> object:
+    inputs = {name: tensor.to(device) for name, tensor in batch.inputs.items() if name != "labels"}
+    return lambda: model(**inputs, use_cache=False).logits
+
+
+def _add(total: _Sum, batch: Batch, logits: torch.Tensor) -> None:
+    """Add the losses of a batch's target tokens, given `logits (batch, length, vocabulary)` of the token after each."""
+    ids, targets = _targets(batch)
+    wanted = targets[:, 1:].to(logits.device)
+    rows, labels = logits[:, :-1][wanted], ids[:, 1:].to(logits.device)[wanted]
+    for part, label in zip(rows.split(ROWS_PER_SOFTMAX), labels.split(ROWS_PER_SOFTMAX), strict=True):
+        part = part.float()
+        total.loss += float(F.cross_entropy(part, label, reduction="sum"))
+        total.correct += int((part.argmax(-1) == label).sum())
+        total.tokens += label.numel()
+
+
+def _targets(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and which of them are targets, both `(batch, length)`."""
+    labels, ids = batch.inputs.get("labels"), batch.inputs.get("input_ids")
+    if labels is not None:
+        return labels, labels != -100
+    if ids is None:
+        raise InputError("the ready inputs hold neither input_ids nor labels, so there is nothing to predict")
+    if batch.targets is not None:
+        return ids, batch.targets
+    return ids, batch.mask if batch.mask is not None else torch.ones_like(ids, dtype=torch.bool)

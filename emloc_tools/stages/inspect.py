@@ -1,0 +1,130 @@
+"""inspect: what one of our folders holds, and where it comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from emloc_tools.errors import InputError
+from emloc_tools.files.adapter import CONFIG, Adapter
+from emloc_tools.files.calibration import MANIFEST as CALIBRATION
+from emloc_tools.files.calibration import Calibration
+from emloc_tools.files.emulator import MANIFEST as EMULATOR
+from emloc_tools.files.emulator import Emulator
+from emloc_tools.files.manifest import BaseRecord, DataRecord
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A folder's kind (`calibration`, `emulator`, `adapter`), its facts, and a row of values per layer."""
+
+    kind: str
+    path: Path
+    facts: dict[str, Any]
+    layers: list[dict[str, Any]] = field(default_factory=list)
+
+
+def inspect(path: Path) -> Inspection:
+    """Describe a calibration, an emulator or an adapter. The folder's structure is checked, its values are not read.
+
+    Raises `InputError` for anything else, `FormatError` for a folder that breaks its format.
+    """
+    readers: dict[str, Callable[[Path], Inspection]] = {
+        CALIBRATION: _calibration,
+        EMULATOR: _emulator,
+        CONFIG: _adapter,
+    }
+    for marker, reader in readers.items():
+        if (path / marker).is_file():
+            return reader(path)
+    found = "does not exist" if not path.exists() else f"holds none of {', '.join(readers)}"
+    raise InputError(f"{path} {found}; inspect takes the folder of a calibration, an emulator or an adapter")
+
+
+def _calibration(path: Path) -> Inspection:
+    calibration = Calibration(path)
+    calibration.close()
+    manifest = calibration.manifest
+    facts = {
+        **_base(manifest.base),
+        "data": [_data(record) for record in manifest.data],
+        "layers": len(manifest.layers),
+        "grams": len(manifest.grams),
+        "gram bytes": sum(record.features * (record.features + 1) * 2 for record in manifest.grams),
+        "unreached layers": len(manifest.unreached),
+        "made by": manifest.made_by.command,
+    }
+    rows = [
+        {
+            "layer": name,
+            "out": layer.out_features,
+            "in": layer.in_features,
+            "statistics": calibration.record(name).side,
+            "tokens": calibration.record(name).tokens,
+        }
+        for name, layer in manifest.layers.items()
+    ]
+    return Inspection("calibration", path, facts, rows)
+
+
+def _emulator(path: Path) -> Inspection:
+    emulator = Emulator(path)
+    emulator.close()
+    manifest = emulator.manifest
+    calibrated = manifest.calibration
+    facts = {
+        **_base(manifest.base),
+        "parameters": manifest.parameters,
+        "parameters of the base": manifest.base_parameters,
+        "allocation": manifest.allocation,
+        "calibration": [_data(record) for record in calibrated.data]
+        if calibrated
+        else "none: plain SVD of the weights",
+        "factored layers": len(manifest.layers),
+        "made by": manifest.made_by.command,
+    }
+    rows = [
+        {
+            "layer": name,
+            "out": layer.out_features,
+            "in": layer.in_features,
+            "rank": layer.rank,
+            "relative error": layer.relative_error,
+        }
+        for name, layer in manifest.layers.items()
+    ]
+    return Inspection("emulator", path, facts, rows)
+
+
+def _adapter(path: Path) -> Inspection:
+    adapter = Adapter(path)
+    adapter.close()
+    manifest = adapter.manifest
+    facts: dict[str, Any] = {
+        "corrected": adapter.corrected,
+        "base": adapter.config.get("base_model_name_or_path"),
+        "LoRA pairs": len(adapter.loras),
+        "other tensors": len(adapter.other_tensors),
+    }
+    if manifest is not None:
+        facts |= {**_base(manifest.base), "clamp": manifest.clamp, "made by": manifest.made_by.command}
+    rows = []
+    for name, keys in adapter.loras.items():
+        row: dict[str, Any] = {"layer": name, "rank": keys.rank, "scaling": keys.scaling}
+        if manifest is not None and name in manifest.layers:
+            record = manifest.layers[name]
+            size = record.delta_norm / record.update_norm if record.update_norm else 0.0
+            row |= {"correction / update": size, "clamped": record.clamped}
+        rows.append(row)
+    return Inspection("adapter", path, facts, rows)
+
+
+def _base(record: BaseRecord) -> dict[str, Any]:
+    revision = {"revision": record.revision} if record.revision else {}
+    return {"base": record.id, **revision, "architecture": record.architecture}
+
+
+def _data(record: DataRecord) -> str:
+    return f"{record.file}: {record.samples} samples, {record.tokens} tokens"

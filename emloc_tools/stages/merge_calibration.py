@@ -1,0 +1,117 @@
+"""merge-calibration: add up calibrations of the same base that were made from different data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from emloc_tools.errors import InputError, MismatchError, UnsupportedError
+from emloc_tools.files.calibration import Calibration, GramEntry, pack_lower, write_calibration
+from emloc_tools.files.folders import check_output, new_folder, require_folder
+from emloc_tools.files.manifest import CalibratedLayer, made_by
+from emloc_tools.files.tensors import MAX_SHARD_SIZE
+from emloc_tools.records import Progress, Step, silent
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """What `merge_calibration` wrote."""
+
+    output: Path
+    parts: int
+    samples: int
+    tokens: int
+    layers: int
+    grams: int
+
+
+def merge_calibration(
+    *,
+    parts: Sequence[Path],
+    output: Path,
+    max_shard_size: int = MAX_SHARD_SIZE,
+    overwrite: bool = False,
+    command: str = "emloc_tools.stages.merge_calibration",
+    progress: Progress = silent,
+) -> MergeResult:
+    """Write the sum of two or more calibrations, one Gram in memory at a time.
+
+    A layer that only some parts reached keeps what those have. Raises `MismatchError` if the parts come from
+    different weights, `UnsupportedError` if a layer has input-side statistics in one part and output-side in another.
+    """
+    check_output(output, overwrite=overwrite)
+    if len(parts) < 2:
+        raise InputError("give at least two calibrations to merge")
+    for part in parts:
+        require_folder(part, "a calibration")
+    opened = [Calibration(part) for part in parts]
+    layers = _common_layers(opened)
+    entries = _entries(opened, layers)
+
+    def add_up(entry: GramEntry) -> torch.Tensor:
+        total = torch.zeros(entry.features, entry.features)
+        for part in opened:
+            if entry.layers[0] in part.manifest.layers:
+                total += part.gram(entry.layers[0]).matrix
+        progress(Step("merge", entries.index(entry) + 1, len(entries), entry.layers[0]))
+        return pack_lower(total)
+
+    first = opened[0].manifest
+    with new_folder(output, overwrite=overwrite) as folder:
+        manifest = write_calibration(
+            folder,
+            entries,
+            add_up,
+            max_shard_size=max_shard_size,
+            fields={
+                "made_by": made_by(command),
+                "base": first.base,
+                "data": [record for part in opened for record in part.manifest.data],
+                "layers": layers,
+                "unreached": [name for name in first.unreached if name not in layers],
+            },
+        )
+    for part in opened:
+        part.close()
+    return MergeResult(
+        output=output,
+        parts=len(parts),
+        samples=sum(record.samples for record in manifest.data),
+        tokens=sum(record.tokens for record in manifest.data),
+        layers=len(layers),
+        grams=len(entries),
+    )
+
+
+def _common_layers(parts: Sequence[Calibration]) -> dict[str, CalibratedLayer]:
+    layers: dict[str, CalibratedLayer] = {}
+    for part in parts:
+        for name, layer in part.manifest.layers.items():
+            if layers.setdefault(name, layer) != layer:
+                raise MismatchError(
+                    f"{part.folder} was calibrated with another weight of {name} than {parts[0].folder}; "
+                    "only calibrations of the same base can be merged"
+                )
+    return layers
+
+
+def _entries(parts: Sequence[Calibration], layers: dict[str, CalibratedLayer]) -> list[GramEntry]:
+    """One Gram per set of layers that share theirs in every part."""
+    groups: dict[tuple[str | None, ...], list[str]] = {}
+    for name in layers:
+        shared = tuple(part.record(name).tensor if name in part.manifest.layers else None for part in parts)
+        groups.setdefault(shared, []).append(name)
+    entries = []
+    for names in groups.values():
+        records = [part.record(names[0]) for part in parts if names[0] in part.manifest.layers]
+        if len({record.side for record in records}) > 1:
+            raise UnsupportedError(
+                f"{names[0]} has input-side statistics in one calibration and output-side in another; calibrate again "
+                "with the same --targets"
+            )
+        tokens = sum(record.tokens for record in records)
+        entries.append(GramEntry(tuple(names), records[0].side, records[0].features, tokens))
+    return entries

@@ -1,0 +1,136 @@
+"""truncate: a smaller emulator from a larger one, without a new decomposition."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from emloc_tools.errors import InputError
+from emloc_tools.files.emulator import FACTORS, Emulator
+from emloc_tools.files.emulator_writer import EmulatorWriter, WrittenEmulator
+from emloc_tools.files.folders import check_output, new_folder, require_folder
+from emloc_tools.files.manifest import FactoredLayer, made_by
+from emloc_tools.files.tensors import MAX_SHARD_SIZE, read_json
+from emloc_tools.linalg.allocate import adaptive_ranks, uniform_ranks
+from emloc_tools.linalg.lowrank import truncate as truncate_factors
+from emloc_tools.models.companions import copy_companions
+from emloc_tools.models.modeling import FILE
+from emloc_tools.models.source import Source
+from emloc_tools.records import Layer, Progress, Step, silent
+from emloc_tools.stages.budget import budget_ratio
+
+
+def truncate(
+    *,
+    emulator: Path,
+    output: Path,
+    ratio: float | None = None,
+    params: int | None = None,
+    size: int | None = None,
+    max_shard_size: int = MAX_SHARD_SIZE,
+    overwrite: bool = False,
+    command: str = "emloc_tools.stages.truncate",
+    progress: Progress = silent,
+) -> WrittenEmulator:
+    """Write a smaller emulator: factors are sorted, so each layer's are a prefix of the larger emulator's.
+
+    The budget is given as for `build_emulator`, and is spent by the allocation of the larger emulator: uniform, or
+    adaptive by the energies that S holds. Errors in the manifest follow from S, to the precision of its dtype.
+
+    Raises `InputError` if the budget is not below the emulator's own size.
+    """
+    check_output(output, overwrite=overwrite)
+    require_folder(emulator, "an emulator")
+    larger = Emulator(emulator)
+    layers = [_layer(name, record) for name, record in larger.layers.items()]
+    replaced = {f"{layer.name}.{part}" for layer in layers for part in (*FACTORS, "weight")}
+    dense = [larger.tensors.spec(name) for name in larger.tensors.names() if name not in replaced]
+    dtype = larger.tensors.spec(f"{layers[0].name}.U").dtype
+    ratio = budget_ratio(dense, layers, dtype, ratio=ratio, params=params, size=size)
+    ranks = _ranks(larger, layers, ratio)
+    if all(ranks[layer.name] == larger.layers[layer.name].rank for layer in layers):
+        raise InputError(f"the emulator in {emulator} is not larger than that; nothing would be truncated")
+    with new_folder(output, overwrite=overwrite) as folder:
+        writer = EmulatorWriter(
+            folder,
+            dense=dense,
+            factored={layer.name: (layer.out_features, layer.in_features, ranks[layer.name]) for layer in layers},
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+        )
+        try:
+            for spec in dense:
+                writer.write_dense(spec.name, larger.read(spec.name))
+            records = {}
+            for number, layer in enumerate(layers, 1):
+                U, S, Vh = larger.factors(layer.name)
+                writer.write_factors(layer.name, *truncate_factors(U, S, Vh, ranks[layer.name]))
+                records[layer.name] = _record(larger.layers[layer.name], S, ranks[layer.name])
+                error = records[layer.name].relative_error
+                detail = f"{layer.name}: rank {ranks[layer.name]}, relative error {error:.4f}"
+                progress(Step("truncate", number, len(layers), detail))
+            copy_companions(Source(str(emulator), None, emulator), folder)
+            config = read_json(emulator / "config.json", "E7")
+            manifest = writer.finish(
+                base_config=config,
+                class_name=config["architectures"][0],
+                auto_map=config["auto_map"],
+                modeling_file=FILE,
+                modeling=(emulator / f"{FILE}.py").read_text(encoding="utf-8"),
+                fields={
+                    **{
+                        key: getattr(larger.manifest, key)
+                        for key in (
+                            "base",
+                            "calibration",
+                            "allocation",
+                            "eigen_dtype",
+                            "base_parameters",
+                            "ignored_tensors",
+                        )
+                    },
+                    "made_by": made_by(command),
+                    "layers": records,
+                },
+            )
+        finally:
+            writer.close()
+            larger.close()
+    return WrittenEmulator(output, manifest, writer.tensors.total_size)
+
+
+def _layer(name: str, record: FactoredLayer) -> Layer:
+    return Layer(name, record.out_features, record.in_features, record.orientation, has_bias=False)
+
+
+def _ranks(larger: Emulator, layers: list[Layer], ratio: float) -> Mapping[str, int]:
+    """Ranks at a uniform ratio, never above those there are."""
+    if larger.manifest.allocation == "adaptive":
+        shares = {layer.name: _shares(larger, layer.name) for layer in layers}
+        wanted = adaptive_ranks(layers, shares, ratio)
+    else:
+        wanted = uniform_ranks(layers, ratio)
+    own = {layer.name: larger.layers[layer.name].rank for layer in layers}
+    return {name: min(rank, wanted.get(name, rank)) for name, rank in own.items()}
+
+
+def _shares(larger: Emulator, name: str) -> torch.Tensor:
+    _, S, _ = larger.factors(name)
+    return S.double() ** 2 / max(larger.layers[name].total_energy, torch.finfo(torch.float64).tiny)
+
+
+def _record(larger: FactoredLayer, S: torch.Tensor, rank: int) -> FactoredLayer:
+    """The record of a truncated layer: the discarded part of S² adds to the error that was there."""
+    dropped = float((S[rank:].double() ** 2).sum())
+    tail = larger.relative_error**2 * larger.total_energy + dropped
+    error = min(1.0, tail / larger.total_energy) ** 0.5 if larger.total_energy > 0 else 0.0
+    floored = max(0, larger.floored - (larger.rank - rank))
+    changes = {
+        "rank": rank,
+        "relative_error": error,
+        "energetic": min(rank, larger.energetic),
+        "floored": floored,
+    }
+    return larger.model_copy(update=changes)

@@ -126,3 +126,18 @@ def token_ids(path: Path, folder: Path, max_length: int) -> list[list[int]]:
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     texts = [json.loads(line)["text"] for line in path.read_text().splitlines()]
     return [tokenizer(text)["input_ids"][:max_length] for text in texts]
+
+
+def save_lora(folder: Path, emulator: Path, *, seed: int = 0, **options: Any) -> None:
+    """Save a PEFT LoRA on an emulator as if it were trained: A and B are random. `options` go to `LoraConfig`."""
+    from peft import LoraConfig, get_peft_model
+
+    from emloc_tools import load_emulator
+
+    settings = {"r": 4, "lora_alpha": 6, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **options}
+    torch.manual_seed(seed)
+    peft = get_peft_model(load_emulator(emulator), LoraConfig(**settings))
+    for name, parameter in peft.named_parameters():
+        if ".lora_" in name:
+            parameter.data = 0.1 * torch.randn_like(parameter)
+    peft.save_pretrained(folder)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+LONGEST_PART = 300  # characters of a path, a field or a message that come from a file nobody vouches for
+
 
 class EmlocError(Exception):
     """Base of all expected errors: the command line shows its message on one line and exits with status 1."""
@@ -15,13 +17,13 @@ class FormatError(EmlocError):
     """A file breaks a numbered rule of its format (`formats/*/SPEC.md`).
 
     `rule` is the rule's number (for example `C4`), `file` the offending file and `field` the place in it:
-    a manifest field, a tensor name or a byte range.
+    a manifest field or a tensor name. The message is one printable line, whatever the file holds.
     """
 
     def __init__(self, rule: str, file: object, field: str, message: str) -> None:
         self.rule, self.file, self.field = rule, str(file), field
-        where = f"{self.file}: {field}" if field else self.file
-        super().__init__(f"{where}: {message} (format rule {rule})")
+        where = f"{_one_line(self.file)}: {_one_line(field)}" if field else _one_line(self.file)
+        super().__init__(f"{where}: {_one_line(message)} (format rule {rule})")
 
 
 class MismatchError(EmlocError):
@@ -34,3 +36,10 @@ class UnsupportedError(EmlocError):
 
 class NumericalError(EmlocError):
     """NaN or infinity, or a decomposition that did not converge."""
+
+
+def _one_line(text: str) -> str:
+    """Names in a damaged file may hold line breaks, terminal escapes, lone surrogates or a megabyte of anything."""
+    if len(text) > LONGEST_PART:
+        text = f"{text[:LONGEST_PART]}…"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,16 +14,21 @@ from typing import Any
 import torch
 import xxhash
 
-from emloc_tools.errors import FormatError, UnsupportedError
+from emloc_tools.errors import FormatError
 from emloc_tools.files.folders import write_json
+from emloc_tools.files.json_files import parse_object, read_json
 from emloc_tools.files.manifest import AdapterManifest, manifest_dict, read_manifest
-from emloc_tools.files.tensors import ShardedWriter, TensorFolder, TensorSpec, content_hash, read_json
+from emloc_tools.files.opening import path_inside
+from emloc_tools.files.patterns import pattern_matches
+from emloc_tools.files.tensors import ShardedWriter, TensorFolder, TensorSpec, content_hash
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 MANIFEST = "emloc.json"
 PREFIX = "base_model.model."
 MARK = "emloc"  # key in the safetensors header of a corrected adapter
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+LARGEST_NUMBER = 2**31  # no rank or alpha comes near; beyond it, integers would not convert to floats
 
 
 @dataclass(frozen=True)
@@ -36,22 +42,25 @@ class LoraKeys:
 
 
 class Adapter:
-    """A PEFT LoRA adapter folder. Opening checks the configuration, pairs and shapes; reading checks values."""
+    """A PEFT LoRA adapter folder. Opening checks the configuration, pairs and shapes; reading checks values.
+
+    Of a corrected adapter, opening also reads all tensors and checks that nobody changed them.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.config_path, self.weights_path = folder / CONFIG, folder / WEIGHTS
-        if folder.is_dir() and not self.weights_path.exists() and (folder / "adapter_model.bin").exists():
-            raise UnsupportedError(
-                f"{folder} holds a pickled adapter_model.bin, which is never opened; save it again as safetensors"
-            )
         self.config = read_json(self.config_path, "A1")
         if self.config.get("peft_type") != "LORA":
-            message = f"is {self.config.get('peft_type')!r}; only LORA adapters can be used"
+            message = f"is {reprlib.repr(self.config.get('peft_type'))}; only LORA adapters can be used"
             raise FormatError("A2", self.config_path, "peft_type", message)
-        self.tensors = TensorFolder.of_files([self.weights_path], rule="A3")
-        self.loras = {module: self._keys(module) for module in self._modules()}
-        self.manifest = self._read_corrected()
+        self.tensors = TensorFolder.of_files([self._weights()], rule="A3")
+        try:
+            self.loras = {module: self._keys(module) for module in self._modules()}
+            self.manifest = self._read_corrected()
+        except BaseException:
+            self.tensors.close()
+            raise
 
     @property
     def corrected(self) -> bool:
@@ -80,13 +89,23 @@ class Adapter:
     def read(self, name: str) -> torch.Tensor:
         """A tensor by its stored name; NaN or infinity is a `FormatError`."""
         tensor = self.tensors.read(name)
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        # PyTorch has no isfinite for 8-bit floats, which may occur among other tensors.
+        values = tensor.float() if tensor.is_floating_point() and tensor.itemsize == 1 else tensor
+        if tensor.is_floating_point() and not torch.isfinite(values).all():
             raise FormatError("A5", self.weights_path, name, "holds NaN or infinity; the training diverged")
         return tensor
 
     def close(self) -> None:
         """Release the file."""
         self.tensors.close()
+
+    def _weights(self) -> Path:
+        path = path_inside(self.folder, WEIGHTS, "A3")
+        if path is None:
+            pickled = (self.folder / "adapter_model.bin").exists()
+            remedy = "; adapter_model.bin is pickled and is never opened, save it as safetensors" if pickled else ""
+            raise FormatError("A3", self.weights_path, "", f"does not exist{remedy}")
+        return path
 
     def _modules(self) -> list[str]:
         modules = set()
@@ -103,45 +122,87 @@ class Adapter:
         for key in (A, B):
             if key not in self.tensors:
                 raise FormatError("A4", self.weights_path, key, "is missing although its partner is there")
-        rank, alpha = (
-            self._value(module, "r", "rank_pattern"),
-            self._value(module, "lora_alpha", "alpha_pattern"),
-        )
-        shape_A, shape_B = self.tensors.spec(A).shape, self.tensors.spec(B).shape
-        if len(shape_A) != 2 or len(shape_B) != 2 or not shape_A[0] == shape_B[1] == rank:
-            message = f"has shapes A {list(shape_A)} and B {list(shape_B)}; the configuration says rank {rank:g}"
+        rank, alpha = self._value(module, "r", "rank_pattern"), self._value(module, "lora_alpha", "alpha_pattern")
+        spec_A, spec_B = self.tensors.spec(A), self.tensors.spec(B)
+        if len(spec_A.shape) != 2 or len(spec_B.shape) != 2 or not spec_A.shape[0] == spec_B.shape[1] == rank:
+            message = f"has shapes A {list(spec_A.shape)} and B {list(spec_B.shape)}; adapter_config.json says {rank=}"
             raise FormatError("A4", self.weights_path, module, message)
-        scaling = alpha / math.sqrt(rank) if self.config.get("use_rslora") else alpha / rank
-        return LoraKeys(A, B, scaling, int(rank))
+        if spec_A.dtype not in FLOATS or spec_B.dtype not in FLOATS:
+            raise FormatError("A4", self.weights_path, module, "must be stored in float32, bfloat16 or float16")
+        rslora = self.config.get("use_rslora")
+        if not isinstance(rslora, (bool, type(None))):
+            raise FormatError("A6", self.config_path, "use_rslora", "must be true or false")
+        return LoraKeys(A, B, alpha / math.sqrt(rank) if rslora else alpha / rank, int(rank))
 
     def _value(self, module: str, key: str, pattern_key: str) -> float:
         """r or lora_alpha of a module: the first pattern that matches the end of its name, else the default."""
+        value, field = self.config.get(key), key
         patterns = self.config.get(pattern_key) or {}
-        value = self.config.get(key)
-        if isinstance(patterns, dict):
-            for pattern, special in patterns.items():
-                if re.match(rf"(.*\.)?({pattern})$", module):
-                    value = special
-                    break
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not isinstance(patterns, dict) or not number or not 0 < value < math.inf:
-            raise FormatError("A6", self.config_path, key, f"must be a positive number for {module}, found {value!r}")
-        return float(value)
+        if not isinstance(patterns, dict):
+            raise FormatError("A6", self.config_path, pattern_key, "must map patterns to numbers")
+        for pattern, special in patterns.items():
+            try:
+                matches = pattern_matches(pattern, module)
+            except ValueError as error:
+                raise FormatError("A6", self.config_path, f"{pattern_key}.{pattern}", f"{error}") from error
+            if matches:
+                value, field = special, f"{pattern_key}.{pattern}"
+                break
+        kinds = (int,) if key == "r" else (int, float)
+        if isinstance(value, kinds) and not isinstance(value, bool) and 0 < value < LARGEST_NUMBER:
+            return value
+        kind = "whole number" if key == "r" else "number"
+        message = f"must be a positive {kind} for {module}, found {reprlib.repr(value)}"
+        raise FormatError("A6", self.config_path, field, message)
 
     def _read_corrected(self) -> AdapterManifest | None:
         path = self.folder / MANIFEST
-        marked = MARK in self.tensors.metadata_of(self.weights_path.name)
-        if not path.exists():
-            if marked:
+        mark = self.tensors.metadata_of(self.weights_path.name).get(MARK)
+        if path_inside(self.folder, MANIFEST, "A7") is None:
+            if mark is not None:
                 raise FormatError("A10", self.weights_path, MARK, f"marks a corrected adapter, but {MANIFEST} is gone")
             return None
-        manifest = read_manifest(path, AdapterManifest, rules=("A7", "A8", "A9"))
-        if not marked:
+        manifest, _ = read_manifest(path, AdapterManifest, rules=("A7", "A8", "A9"))
+        if mark is None:
             raise FormatError("A10", path, "", "describes a corrected adapter, but the weights carry no mark of it")
+        if not _is_mark(mark, manifest.format_version):
+            raise FormatError("A10", self.weights_path, MARK, f"must be {_mark(manifest.format_version)}")
         for name in sorted(set(manifest.tensors) | set(self.tensors.names())):
             if name not in self.tensors or content_hash(self.tensors.read(name)) != manifest.tensors.get(name):
-                raise FormatError("A10", path, f"tensors.{name}", "is not what was written; the weights were changed")
+                raise FormatError("A11", path, f"tensors.{name}", "is not what was written; the weights were changed")
+        self._check_layers(path, manifest)
         return manifest
+
+    def _check_layers(self, path: Path, manifest: AdapterManifest) -> None:
+        """The report must speak of this adapter: every tensor is corrected or unchanged, with the stated scaling."""
+        for module in manifest.layers:
+            if module not in self.loras:
+                raise FormatError("A12", path, f"layers.{module}", "has no LoRA pair")
+        corrected = [key for module in manifest.layers for key in (self.loras[module].A, self.loras[module].B)]
+        accounted = [*corrected, *manifest.unchanged]
+        if sorted(accounted) != self.tensors.names():
+            differing = set(accounted) ^ set(self.tensors.names()) or set(corrected) | set(manifest.unchanged)
+            message = "every tensor must be of one of `layers` or in `unchanged`, and not in both"
+            raise FormatError("A12", path, f"unchanged.{min(differing)}", message)
+        for module, record in manifest.layers.items():
+            keys = self.loras[module]
+            if record.rank != keys.rank or not math.isclose(record.scaling, keys.scaling, rel_tol=1e-12):
+                message = f"says rank {record.rank}, scaling {record.scaling}; {CONFIG} {keys.rank}, {keys.scaling}"
+                raise FormatError("A13", path, f"layers.{module}", message)
+
+
+def _mark(version: int) -> str:
+    """The mark of a corrected adapter in the header of its weights."""
+    return json.dumps({"corrected": True, "format_version": version}, sort_keys=True)
+
+
+def _is_mark(text: str, version: int) -> bool:
+    try:
+        found = parse_object(text.encode())
+    except ValueError:
+        return False
+    wanted = {"corrected": True, "format_version": version}
+    return found == wanted and all(type(found[key]) is type(wanted[key]) for key in wanted)
 
 
 def write_adapter(
@@ -153,8 +214,7 @@ def write_adapter(
 ) -> AdapterManifest:
     """Write a corrected adapter: PEFT's two files and `emloc.json`. `fields` are the manifest's other fields."""
     specs = [TensorSpec(name, tensors[name].dtype, tuple(tensors[name].shape)) for name in sorted(tensors)]
-    mark = json.dumps({"corrected": True, "format_version": 1}, sort_keys=True)
-    metadata = {"format": "pt", MARK: mark}
+    metadata = {"format": "pt", MARK: _mark(AdapterManifest.model_fields["format_version"].default)}
     writer = ShardedWriter(folder, "adapter_model", specs, max_shard_size=1 << 62, metadata=metadata)
     try:
         for spec in specs:

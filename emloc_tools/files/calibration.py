@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,10 +16,10 @@ from emloc_tools.files.folders import write_json
 from emloc_tools.files.manifest import (
     CalibrationManifest,
     GramRecord,
-    file_hash,
     manifest_dict,
     read_manifest,
 )
+from emloc_tools.files.opening import path_inside
 from emloc_tools.files.tensors import ShardedWriter, TensorFolder, TensorSpec, content_hash
 from emloc_tools.records import Gram, Side
 
@@ -30,15 +31,16 @@ class Calibration:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.path = folder, folder / MANIFEST
-        self.manifest = read_manifest(self.path, CalibrationManifest, rules=("C1", "C2", "C3"))
-        self.tensors = TensorFolder.of_files([self._shard(name) for name in self.manifest.shards], rule="C4")
+        # The manifest's hash identifies the whole calibration, for it holds the hash of every tensor.
+        self.manifest, self.hash = read_manifest(self.path, CalibrationManifest, rules=("C1", "C2", "C3"))
+        self._check_layers()
+        self.tensors = TensorFolder.of_files(self._shards(), rule="C4")
         self._record_of: dict[str, GramRecord] = {}
-        self._check_grams()
-
-    @property
-    def hash(self) -> str:
-        """Identity of the whole calibration: the hash of its manifest, which holds the hash of every tensor."""
-        return file_hash(self.path)
+        try:
+            self._check_grams()
+        except BaseException:
+            self.tensors.close()
+            raise
 
     def record(self, layer: str) -> GramRecord:
         """Which Gram belongs to a layer."""
@@ -58,23 +60,33 @@ class Calibration:
         """Release the files."""
         self.tensors.close()
 
-    def _shard(self, name: str) -> Path:
-        path = self.folder / name
-        if not path.is_file():
-            raise self._error("C4", f"shards.{name}", "does not exist")
-        return path
+    def _check_layers(self) -> None:
+        wrong = _repeated(self.manifest.unreached) or set(self.manifest.unreached) & set(self.manifest.layers)
+        if wrong:
+            raise self._error("C10", f"unreached.{min(wrong)}", "is named twice, or in `layers` as well")
+
+    def _shards(self) -> list[Path]:
+        for name in _repeated(self.manifest.shards):
+            raise self._error("C4", f"shards.{name}", "is named twice")
+        paths = []
+        for name in self.manifest.shards:
+            path = path_inside(self.folder, name, "C4")
+            if path is None:
+                raise self._error("C4", f"shards.{name}", "does not exist")
+            paths.append(path)
+        return paths
 
     def _check_grams(self) -> None:
+        names = [record.tensor for record in self.manifest.grams]
+        wrong = _repeated(names) or set(names) ^ set(self.tensors.names())
+        if wrong:
+            raise self._error("C5", min(wrong), "must be stored, and belong to exactly one entry of grams")
         for record in self.manifest.grams:
             expected = TensorSpec(record.tensor, torch.float32, (record.features * (record.features + 1) // 2,))
-            if record.tensor not in self.tensors or self.tensors.spec(record.tensor) != expected:
+            if self.tensors.spec(record.tensor) != expected:
                 raise self._error("C5", record.tensor, f"must be a float32 tensor of shape {list(expected.shape)}")
             for layer in record.layers:
                 self._check_layer(layer, record)
-        names = [record.tensor for record in self.manifest.grams]
-        if sorted(names) != self.tensors.names():
-            extra = sorted(set(self.tensors.names()) - set(names)) or names
-            raise self._error("C5", extra[0], "every stored tensor must belong to exactly one entry of grams")
         for layer in self.manifest.layers:
             if layer not in self._record_of:
                 raise self._error("C6", f"layers.{layer}", "belongs to no Gram")
@@ -193,6 +205,10 @@ def packed_diagonal(packed: torch.Tensor, n: int) -> torch.Tensor:
     """The diagonal `(n,)` of a packed lower triangle."""
     i = torch.arange(n)
     return packed[i * (i + 1) // 2 + i]
+
+
+def _repeated(names: Sequence[str]) -> set[str]:
+    return {name for name, count in Counter(names).items() if count > 1}
 
 
 def _tensor_name(entry: GramEntry) -> str:

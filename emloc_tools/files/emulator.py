@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import math
+import re
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from emloc_tools.errors import FormatError
-from emloc_tools.files.manifest import EmulatorManifest, FactoredLayer, file_hash, read_manifest
-from emloc_tools.files.tensors import TensorFolder, content_hash, read_json
+from emloc_tools.files.json_files import read_json, whole_number
+from emloc_tools.files.manifest import EmulatorManifest, FactoredLayer, read_manifest
+from emloc_tools.files.opening import path_inside
+from emloc_tools.files.tensors import TensorFolder, content_hash
 
 MANIFEST = "emulator.json"
+CONFIG = "config.json"
 FACTORS = ("U", "S", "Vh")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+CLASS_REFERENCE = re.compile(r"([A-Za-z_]\w{0,100})\.(Emloc\w{1,200})", re.ASCII)
 
 
 class Emulator:
@@ -20,17 +27,18 @@ class Emulator:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.path = folder, folder / MANIFEST
-        self.manifest = read_manifest(self.path, EmulatorManifest, rules=("E1", "E2", "E3"))
-        self.tensors = TensorFolder.of_model(self._locate, rule="E4")
-        self._check_factors()
+        # The manifest's hash identifies the whole emulator, for it holds the hash of every tensor.
+        self.manifest, self.hash = read_manifest(self.path, EmulatorManifest, rules=("E1", "E2", "E3"))
         self._check_config()
-        self._check_guard()
-        self._check_names()
-
-    @property
-    def hash(self) -> str:
-        """Identity of the emulator: the hash of its manifest, which holds the hash of every tensor."""
-        return file_hash(self.path)
+        self.tensors = TensorFolder.of_model(self._locate, rule="E4")
+        try:
+            self._check_files()
+            self._check_factors()
+            self._check_guard()
+            self._check_names()
+        except BaseException:
+            self.tensors.close()
+            raise
 
     @property
     def layers(self) -> dict[str, FactoredLayer]:
@@ -58,14 +66,47 @@ class Emulator:
         self.tensors.close()
 
     def _locate(self, name: str) -> Path | None:
-        path = self.folder / name
-        return path if path.is_file() else None
+        return path_inside(self.folder, name, "E4")
+
+    def _check_config(self) -> None:
+        path = self.folder / CONFIG
+        config = read_json(path, "E7")
+        ranks = {name: layer.rank for name, layer in self.layers.items()}
+        own = config.get("emloc")
+        if own != {"format_version": self.manifest.format_version, "ranks": ranks} or not _whole(own):
+            raise FormatError("E7", path, "emloc", f"must hold the format version and the ranks of {MANIFEST}, only")
+        expected = [f"Emloc{self.manifest.base.architecture}"]
+        if config.get("architectures") != expected:
+            raise FormatError("E11", path, "architectures", f"must be {expected}, a name that only this folder defines")
+        self._check_auto_map(path, config.get("auto_map"))
+        if "quantization_config" in config:
+            message = "must be absent: it makes trainers treat the emulator as a quantised model"
+            raise FormatError("E13", path, "quantization_config", message)
+
+    def _check_auto_map(self, path: Path, auto_map: Any) -> None:
+        if not isinstance(auto_map, dict) or not auto_map:
+            raise FormatError("E12", path, "auto_map", "must map Auto classes to classes in this folder")
+        for auto, reference in auto_map.items():
+            match = CLASS_REFERENCE.fullmatch(reference) if isinstance(reference, str) else None
+            if match is None:  # "owner/name--module.Class" would run code from somewhere else
+                message = "must be `module.Class` of a file in this folder, with a class name that begins with Emloc"
+                raise FormatError("E12", path, f"auto_map.{auto}", message)
+            file = path_inside(self.folder, f"{match[1]}.py", "E12")
+            if file is None or not file.is_file():
+                raise FormatError("E12", path, f"auto_map.{auto}", f"names {match[1]}.py, which is not in the folder")
+
+    def _check_files(self) -> None:
+        if self._locate("model.safetensors.index.json") and self._locate("model.safetensors"):
+            message = "is there beside an index of shards; readers differ in which of them they take"
+            raise FormatError("E4", self.folder / "model.safetensors", "", message)
+        self.tensors.check_placement()
 
     def _check_factors(self) -> None:
         for name, layer in self.layers.items():
             k = layer.rank
-            if k > min(layer.out_features, layer.in_features):
-                raise self._error("E5", f"layers.{name}.rank", "exceeds the layer's smaller side")
+            if max(k, layer.energetic, layer.floored) > k or k > min(layer.out_features, layer.in_features):
+                message = "must be at most the layer's smaller side, and at least `energetic` and `floored`"
+                raise self._error("E5", f"layers.{name}.rank", message)
             shapes = {"U": (layer.out_features, k), "S": (k,), "Vh": (k, layer.in_features)}
             dtypes = set()
             for factor, shape in shapes.items():
@@ -75,13 +116,9 @@ class Emulator:
                 dtypes.add(self.tensors.spec(tensor).dtype)
             if len(dtypes) != 1 or not dtypes <= set(FLOATS):
                 raise self._error("E5", name, "its factors must share one dtype of float32, bfloat16, float16")
-
-    def _check_config(self) -> None:
-        path = self.folder / "config.json"
-        config = read_json(path, "E7")
-        ranks = {name: layer.rank for name, layer in self.layers.items()}
-        if config.get("emloc") != {"format_version": self.manifest.format_version, "ranks": ranks}:
-            raise FormatError("E7", path, "emloc", "must hold the format version and the ranks of emulator.json")
+            bias = f"{name}.bias"
+            if bias in self.tensors and self.tensors.spec(bias).shape != (layer.out_features,):
+                raise self._error("E5", bias, f"must have shape [{layer.out_features}]")
 
     def _check_guard(self) -> None:
         weights = [f"{name}.weight" for name in self.layers if f"{name}.weight" in self.tensors]
@@ -93,6 +130,15 @@ class Emulator:
         differing = set(self.tensors.weight_map) ^ set(self.manifest.tensors)
         if differing:
             raise self._error("E9", f"tensors.{min(differing)}", "is stored or listed, but not both")
+        stored = sum(math.prod(self.tensors.spec(name).shape) for name in self.tensors.weight_map) - 1
+        if self.manifest.parameters != stored:
+            message = f"is {self.manifest.parameters}; the tensors without the guard hold {stored} values"
+            raise self._error("E14", "parameters", message)
 
     def _error(self, rule: str, field: str, message: str) -> FormatError:
         return FormatError(rule, self.path, field, message)
+
+
+def _whole(own: dict[str, Any]) -> bool:
+    """Python takes `true` and `1.0` for 1; other readers of the file would not."""
+    return whole_number(own["format_version"]) and all(map(whole_number, own["ranks"].values()))

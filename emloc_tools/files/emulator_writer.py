@@ -11,7 +11,7 @@ import torch
 
 from emloc_tools.files.emulator import FACTORS, MANIFEST
 from emloc_tools.files.folders import write_json, write_text
-from emloc_tools.files.manifest import EMULATOR_VERSION, EmulatorManifest, manifest_dict
+from emloc_tools.files.manifest import EmulatorManifest, manifest_dict
 from emloc_tools.files.tensors import ShardedWriter, TensorSpec
 
 CARD = """---
@@ -117,7 +117,7 @@ class EmulatorWriter:
             **base_config,
             "architectures": [class_name],
             "auto_map": dict(auto_map),
-            "emloc": {"format_version": EMULATOR_VERSION, "ranks": ranks},
+            "emloc": {"format_version": manifest.format_version, "ranks": ranks},
         }
         files = set(self.tensors.weight_map.values())
         if len(files) > 1:

@@ -6,6 +6,7 @@ instead of reading half of it.
 
 from __future__ import annotations
 
+import reprlib
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -15,18 +16,17 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 import emloc_tools
 from emloc_tools.errors import FormatError
-from emloc_tools.files.tensors import read_json
+from emloc_tools.files.json_files import parse_json_file, read_bytes, whole_number
 from emloc_tools.records import Allocation, Orientation, Side
 
-CALIBRATION_VERSION = 1
-EMULATOR_VERSION = 1
-ADAPTER_VERSION = 1
+LARGEST = 2**53 - 1  # the largest integer that every JSON reader holds exactly
 
 Hash = Annotated[str, Field(pattern=r"^xxh3_128:[0-9a-f]{32}$")]
-ShardName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.\-]*\.safetensors$")]
-Count = Annotated[int, Field(ge=1)]
-Amount = Annotated[int, Field(ge=0)]
+ShardName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.\-]{0,200}\.safetensors$")]
+Count = Annotated[int, Field(ge=1, le=LARGEST)]
+Amount = Annotated[int, Field(ge=0, le=LARGEST)]
 Magnitude = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Name = Annotated[str, Field(min_length=1)]
 
 
@@ -37,11 +37,10 @@ class Strict(BaseModel):
 
 
 class MadeBy(Strict):
-    """The software and the command line that wrote the artifact."""
+    """The software and the command line that wrote the artifact. `libraries` maps a library to its version."""
 
-    emloc_tools: str
-    torch: str
-    transformers: str
+    emloc_tools: Name
+    libraries: dict[Name, Name]
     command: str
 
 
@@ -61,7 +60,7 @@ class DataRecord(Strict):
     samples: Count
     tokens: Count
     max_length: Count | None
-    seed: int
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**64)]
 
 
 class CalibratedLayer(Strict):
@@ -145,7 +144,7 @@ class CorrectedLayer(Strict):
     """What the correction did to one LoRA pair; see `linalg.correction.Correction`."""
 
     rank: Count
-    scaling: float
+    scaling: Positive
     directions: Amount
     clamped: Amount
     delta_norm: Magnitude
@@ -161,7 +160,7 @@ class AdapterManifest(Strict):
     base: BaseRecord
     emulator: Hash
     trained_adapter: Hash
-    clamp: Annotated[float, Field(gt=0)] | None
+    clamp: Positive | None
     layers: dict[Name, CorrectedLayer]
     unchanged: list[str]
     tensors: dict[Name, Hash]
@@ -170,17 +169,25 @@ class AdapterManifest(Strict):
 Manifest = TypeVar("Manifest", CalibrationManifest, EmulatorManifest, AdapterManifest)
 
 
-def read_manifest(path: Path, model: type[Manifest], *, rules: tuple[str, str, str]) -> Manifest:
-    """Read and check a manifest. `rules` are numbered: readable JSON object, format and version, fields."""
-    readable, version, fields = rules
-    value = read_json(path, readable)
+def read_manifest(path: Path, model: type[Manifest], *, rules: tuple[str, str, str]) -> tuple[Manifest, str]:
+    """Read and check a manifest; returns it with the hash of the file's bytes.
+
+    `rules` are numbered: strict JSON object, format and version, fields. The version comes before any other field,
+    so that a later version is called that and not a damaged file.
+    """
+    readable, known, fields = rules
+    data = read_bytes(path, readable)
+    value = parse_json_file(path, data, readable)
     for key in ("format", "format_version"):
-        expected = model.model_fields[key].default
-        if value.get(key) != expected:
-            message = f"is {value.get(key)!r}; this version of emloc-tools reads {expected!r}"
-            raise FormatError(version, path, key, message)
+        found, expected = value.get(key), model.model_fields[key].default
+        if found != expected or type(found) is not type(expected):
+            later = key == "format_version" and whole_number(found) and found > expected
+            remedy = "; update emloc-tools to read it" if later else ""
+            raise FormatError(
+                known, path, key, f"is {reprlib.repr(found)}; this version of emloc-tools reads {expected!r}{remedy}"
+            )
     try:
-        return model.model_validate(value)
+        return model.model_validate(value), f"xxh3_128:{xxhash.xxh3_128(data).hexdigest()}"
     except ValidationError as error:
         first = error.errors()[0]
         raise FormatError(fields, path, ".".join(map(str, first["loc"])), first["msg"]) from None
@@ -190,8 +197,7 @@ def made_by(command: str) -> MadeBy:
     """The versions at work and the command line, for a manifest. No time: equal inputs give equal files."""
     return MadeBy(
         emloc_tools=emloc_tools.__version__,
-        torch=version("torch"),
-        transformers=version("transformers"),
+        libraries={name: version(name) for name in ("torch", "transformers")},
         command=command,
     )
 

@@ -1,154 +1,42 @@
-"""Safetensors files: a lazy reader into caller-owned memory and a sharded writer that fills planned files in any order.
+"""Several safetensors files as one set of tensors, and a sharded writer that fills planned files in any order.
 
-The safetensors library maps files into memory, and touched pages then count as ours and grow with the model's depth;
-its writer wants all tensors at once. Stages here hold one unit of a model at a time, so both are written anew
-on the format's own definition: 8 bytes of header length, a JSON header, the tensors' bytes.
+The safetensors library's writer wants all tensors at once. Stages here hold one unit of a model at a time, so files are
+laid out beforehand from names, dtypes and shapes alone. (For reading see `tensor_file`.)
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
 import torch
-import xxhash
 
 from emloc_tools.errors import FormatError
+from emloc_tools.files.json_files import read_json
+from emloc_tools.files.tensor_file import DTYPE_NAMES, DTYPES, TensorFile, TensorSpec, as_bytes, content_hash
 
-DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+__all__ = [
+    "DTYPES",
+    "DTYPE_NAMES",
+    "MAX_SHARD_SIZE",
+    "SHARD_NAME",
+    "ShardedWriter",
+    "TensorFile",
+    "TensorFolder",
+    "TensorSpec",
+    "as_bytes",
+    "content_hash",
+    "plan_shards",
+    "read_json",
+]
+
 MAX_SHARD_SIZE = 5_000_000_000  # bytes; what the Hub recommends for one file
-MAX_HEADER = 100_000_000  # the format's own limit, in bytes
-SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*\.safetensors")
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """Name, dtype and shape of a tensor in a file."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Size in bytes."""
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
-def content_hash(tensor: torch.Tensor) -> str:
-    """A tensor's identity: `xxh3_128:` and 32 hex digits over its dtype, shape and little-endian bytes."""
-    tensor = tensor.detach().cpu().contiguous()
-    digest = xxhash.xxh3_128(f"{DTYPE_NAMES[tensor.dtype]} {list(tensor.shape)} ".encode())
-    digest.update(as_bytes(tensor))
-    return f"xxh3_128:{digest.hexdigest()}"
-
-
-def as_bytes(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a contiguous CPU tensor, without a copy."""
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
-
-
-class TensorFile:
-    """One safetensors file: its checked header, and its tensors read one at a time.
-
-    `rule` is the number that a `FormatError` names when the file is not valid safetensors.
-    """
-
-    def __init__(self, path: Path, rule: str = "safetensors") -> None:
-        self.path, self.rule = path, rule
-        try:
-            self._file: BinaryIO = open(path, "rb", buffering=0)  # noqa: SIM115, PTH123 - kept open; raw for readinto
-        except OSError as error:
-            raise self._error("", f"cannot be read: {error.strerror or error}") from error
-        try:
-            self.metadata, self._entries = self._read_header()
-        except BaseException:
-            self._file.close()
-            raise
-
-    def specs(self) -> dict[str, TensorSpec]:
-        """All tensors of the file by name, in header order."""
-        return {name: spec for name, (spec, _) in self._entries.items()}
-
-    def read(self, name: str, buffer: torch.Tensor | None = None) -> torch.Tensor:
-        """The tensor `name`, in `buffer` (1-D uint8, at least its bytes, suitably aligned) or in new memory."""
-        spec, start = self._entries[name]
-        if buffer is None:
-            buffer = torch.empty(spec.nbytes, dtype=torch.uint8)
-        view = memoryview(buffer[: spec.nbytes].numpy())
-        self._file.seek(start)
-        done = 0
-        while done < spec.nbytes:
-            count = self._file.readinto(view[done:])  # type: ignore[attr-defined]
-            if not count:
-                raise self._error(name, f"ends after {done} of {spec.nbytes} bytes; the file was truncated")
-            done += count
-        return buffer[: spec.nbytes].view(spec.dtype).view(spec.shape)
-
-    def close(self) -> None:
-        """Release the file."""
-        self._file.close()
-
-    def _read_header(self) -> tuple[dict[str, str], dict[str, tuple[TensorSpec, int]]]:
-        size = os.fstat(self._file.fileno()).st_size
-        length = int.from_bytes(self._file.read(8), "little")
-        if size < 8 or not 0 < length <= min(MAX_HEADER, size - 8):
-            raise self._error("header", f"gives its length as {length} bytes in a file of {size}")
-        try:
-            header = json.loads(self._file.read(length), object_pairs_hook=_no_duplicates)
-        except (ValueError, RecursionError) as error:
-            raise self._error("header", f"is not JSON: {error}") from error
-        if not isinstance(header, dict):
-            raise self._error("header", "is not a JSON object")
-        metadata = header.pop("__metadata__", {})
-        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-            raise self._error("__metadata__", "must map strings to strings")
-        entries = {name: self._entry(name, value, 8 + length) for name, value in header.items()}
-        end = 8 + length
-        for name, (spec, start) in sorted(entries.items(), key=lambda item: (item[1][1], item[1][0].nbytes)):
-            if start != end:
-                raise self._error(name, f"starts at byte {start}, expected {end}: tensors overlap or leave a hole")
-            end = start + spec.nbytes
-        if end != size:
-            what = "was truncated" if size < end else "holds bytes that belong to no tensor"
-            raise self._error("", f"is {size} bytes long but its header describes {end}; the file {what}")
-        return metadata, entries
-
-    def _entry(self, name: str, value: Any, data_start: int) -> tuple[TensorSpec, int]:
-        try:
-            dtype, shape, (start, end) = DTYPES[value["dtype"]], value["shape"], value["data_offsets"]
-        except (KeyError, TypeError, ValueError) as error:
-            raise self._error(name, "needs a known dtype, a shape and two data_offsets") from error
-        if not _whole_numbers([*shape, start, end] if isinstance(shape, list) else [None]):
-            raise self._error(name, "has a shape or offsets that are not whole numbers >= 0")
-        spec = TensorSpec(name, dtype, tuple(shape))
-        if end - start != spec.nbytes:
-            raise self._error(name, f"spans {end - start} bytes; {value['dtype']} {shape} needs {spec.nbytes}")
-        return spec, data_start + start
-
-    def _error(self, field: str, message: str) -> FormatError:
-        return FormatError(self.rule, self.path, field, message)
+SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,200}\.safetensors")
 
 
 class TensorFolder:
@@ -168,12 +56,16 @@ class TensorFolder:
         """Every tensor of the given files; a tensor in two of them is an error."""
         by_name = {path.name: path for path in paths}
         folder = cls({}, by_name.__getitem__, rule)
-        for name, path in by_name.items():
-            folder._files[name] = TensorFile(path, rule)
-            for tensor in folder._files[name].specs():
-                if tensor in folder.weight_map:
-                    raise FormatError(rule, path, tensor, f"is also in {folder.weight_map[tensor]}")
-                folder.weight_map[tensor] = name
+        try:
+            for name, path in by_name.items():
+                folder._files[name] = TensorFile(path, rule)
+                for tensor in folder._files[name].specs():
+                    if tensor in folder.weight_map:
+                        raise FormatError(rule, path, tensor, f"is also in {folder.weight_map[tensor]}")
+                    folder.weight_map[tensor] = name
+        except BaseException:
+            folder.close()
+            raise
         return folder
 
     @classmethod
@@ -202,6 +94,14 @@ class TensorFolder:
     def spec(self, name: str) -> TensorSpec:
         """Dtype and shape of a tensor, from its file's header."""
         return self._open(name).specs()[name]
+
+    def check_placement(self) -> None:
+        """Open every file, and refuse a tensor that the index does not place where it is."""
+        for tensor in {file: tensor for tensor, file in self.weight_map.items()}.values():
+            file = self._open(tensor)
+            stray = [name for name in file.specs() if self.weight_map.get(name) != self.weight_map[tensor]]
+            if stray:
+                raise FormatError(self._rule, file.path, stray[0], "is here, although the index does not say so")
 
     def read(self, name: str, buffer: torch.Tensor | None = None) -> torch.Tensor:
         """The tensor `name`; see `TensorFile.read`."""
@@ -321,19 +221,6 @@ def plan_shards(specs: Sequence[TensorSpec], max_shard_size: int) -> list[list[T
     return shards
 
 
-def read_json(path: Path, rule: str, what: str = "") -> dict[str, Any]:
-    """A JSON object from a file; anything else is a `FormatError` of `rule`."""
-    try:
-        value = json.loads(path.read_bytes().decode("utf-8"), object_pairs_hook=_no_duplicates)
-    except OSError as error:
-        raise FormatError(rule, path, what, f"cannot be read: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise FormatError(rule, path, what, f"is not valid JSON in UTF-8: {error}") from error
-    if not isinstance(value, dict):
-        raise FormatError(rule, path, what, "must be a JSON object")
-    return value
-
-
 def _layout(shard: Sequence[TensorSpec], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:
     """The header of one file and each tensor's start after it. Wide dtypes come first, so all are aligned."""
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
@@ -371,14 +258,3 @@ def _must_exist(locate: Callable[[str], Path | None], index: Path, rule: str) ->
         return path
 
     return find
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("a key occurs twice in one object")
-    return result
-
-
-def _whole_numbers(values: Sequence[object]) -> bool:
-    return all(isinstance(value, int) and not isinstance(value, bool) and value >= 0 for value in values)

@@ -58,7 +58,8 @@ class LowRank:
     `energies (min(out, in),)` are the squared output magnitudes per direction, descending, float64: per token
     with calibration data, squared singular values of W without.
     `energetic` directions carry calibration energy; directions of U beyond them were filled in from the
-    remaining part of W. `floored` entries of S were raised to `S[0] / 1000`, with W_E unchanged.
+    remaining part of W. The last `floored` entries of S were raised (and their rows of Vh lowered) so that S stays
+    above `S[0] / 1000` and Vh below 4096, with W_E unchanged.
     """
 
     U: torch.Tensor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -12,8 +13,12 @@ FLOOR = 0.35  # of the uniform rank; the adaptive allocation never goes below it
 
 
 def uniform_rank(layer: Layer, ratio: float) -> int:
-    """The rank at which the factors hold `ratio` (a fraction > 0) of W's values, at least 1, at most min(out, in)."""
-    rank = int(ratio * layer.parameters / (layer.out_features + layer.in_features))
+    """floor(`ratio` · out · in / (out + in)) for a fraction `ratio`, at least 1 and at most min(out, in).
+
+    That is the paper's rule: U and Vh together hold `ratio` of W's values (S, of one value per direction, aside).
+    """
+    exact = ratio * layer.parameters / (layer.out_features + layer.in_features)
+    rank = math.floor(exact * (1 + 1e-12))  # 0.29 · 100 is 28.999999999999996 in binary
     return max(1, min(rank, layer.out_features, layer.in_features))
 
 
@@ -34,43 +39,52 @@ def stored_values(layers: Sequence[Layer], ranks: Mapping[str, int]) -> int:
 
 
 def ratio_for_budget(layers: Sequence[Layer], budget: int) -> float | None:
-    """The largest uniform ratio (to 1e-6) whose layers need at most `budget` values; None if none fits."""
+    """The largest uniform ratio whose layers need at most `budget` values; 1 if W itself fits, None if nothing does.
+
+    The need only grows with the ratio (a layer becomes dense where its factors stop being smaller), so bisection
+    finds the ratio to within float precision of the step that no longer fits.
+    """
     if stored_values(layers, {}) <= budget:
         return 1.0
-    low, high = 0.0, 1.0
-    while high - low > 1e-6:
-        middle = (low + high) / 2
-        fits = stored_values(layers, uniform_ranks(layers, middle)) <= budget
-        low, high = (middle, high) if fits else (low, middle)
-    return low if low > 0 else None
+    fitting, excessive = 0.0, 1.0
+    while (middle := (fitting + excessive) / 2) - fitting > 1e-12:
+        if stored_values(layers, uniform_ranks(layers, middle)) <= budget:
+            fitting = middle
+        else:
+            excessive = middle
+    return fitting or None
 
 
 def adaptive_ranks(
     layers: Sequence[Layer], shares: Mapping[str, torch.Tensor], ratio: float, floor: float = FLOOR
 ) -> dict[str, int]:
-    """Spend the values of the uniform allocation where they remove the most relative output error per value.
+    """Spend the values of the uniform allocation where they remove the most relative output energy per value.
 
     `shares[name] (m,)` are the parts of a layer's output energy that its directions carry, fractions 0–1,
-    descending. Every layer starts at `floor` of its uniform rank; then single directions are taken greedily, by
-    share per stored value, while the budget lasts. Greedy is optimal up to one direction, for the shares only fall
-    within a layer.
+    descending; no layer gets more directions than its m. Every layer starts at `floor` of its uniform rank, at least
+    one direction; then single directions are taken by share per stored value while the budget lasts, passing over
+    those that no longer fit. Shares only fall within a layer, so what is missing to the best allocation above the
+    floors is at most the gain of one direction. Layers that `uniform_ranks` leaves dense stay dense.
     """
     uniform = uniform_ranks(layers, ratio)
     chosen = [layer for layer in layers if layer.name in uniform]
-    ranks = {layer.name: max(1, int(floor * uniform[layer.name])) for layer in chosen}
-    budget = sum((uniform[layer.name] - ranks[layer.name]) * layer.rank_cost for layer in chosen)
-    gains, owners = [], []
-    for index, layer in enumerate(chosen):
-        candidates = shares[layer.name][ranks[layer.name] : largest_useful_rank(layer)] / layer.rank_cost
-        gains.append(candidates)
-        owners.append(torch.full((len(candidates),), index))
-    order = torch.cat(gains).argsort(descending=True, stable=True)
-    cheapest = min((layer.rank_cost for layer in chosen), default=0)
-    for index in torch.cat(owners)[order].tolist():
-        layer = chosen[index]
+    most = {layer.name: min(len(shares[layer.name]), largest_useful_rank(layer)) for layer in chosen}
+    ranks = {layer.name: min(max(1, int(floor * uniform[layer.name])), most[layer.name]) for layer in chosen}
+    budget = stored_values(chosen, uniform) - stored_values(chosen, ranks)
+    for layer in _by_gain(chosen, shares, ranks, most):
         if layer.rank_cost <= budget:
             ranks[layer.name] += 1
             budget -= layer.rank_cost
-        if budget < cheapest:
-            break
     return ranks
+
+
+def _by_gain(
+    layers: Sequence[Layer], shares: Mapping[str, torch.Tensor], ranks: Mapping[str, int], most: Mapping[str, int]
+) -> list[Layer]:
+    """For every direction from `ranks` up to `most` its layer, largest share per stored value first."""
+    if not layers:
+        return []
+    gains = [shares[layer.name][ranks[layer.name] : most[layer.name]] / layer.rank_cost for layer in layers]
+    owners = [torch.full((len(gain),), index) for index, gain in enumerate(gains)]
+    order = torch.cat(gains).argsort(descending=True, stable=True)
+    return [layers[index] for index in torch.cat(owners)[order].tolist()]

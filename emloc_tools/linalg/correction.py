@@ -6,6 +6,7 @@ right only for alpha = r), everything is computed in float32, and the input is n
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -48,18 +49,27 @@ def correct_lora(
     the LoRA reads. The new pair is `(A', B' − D / scaling)`. Without clamp, for every x in the row space of A:
     `(W + s B'' A') x = (W_E + s B A) x`.
 
-    `clamp` bounds, per direction, mean|D_j| by `clamp · mean|s B'_j|`; None leaves D as it is. Any float dtype comes
-    in, everything is computed in float32 on A's device. Raises `NumericalError` on NaN or infinity.
+    `clamp` bounds, per direction, mean|D_j| by `clamp · mean|s B'_j|`; None leaves D as it is. So a direction on which
+    the LoRA does nothing (B = 0) is not corrected either: an adapter without effect on the emulator has none on the
+    base. Any float dtype comes in, everything is computed in float32 on A's device. Raises `NumericalError` on NaN or
+    infinity, and for a scaling of 0, under which no LoRA can express a correction.
     """
+    if scaling == 0 or not math.isfinite(scaling):
+        raise NumericalError(
+            f"the LoRA scaling is {scaling:g}: no LoRA pair can express a correction; check lora_alpha"
+        )
     A, B, W, U, S, Vh = (tensor.to(A.device, torch.float32) for tensor in (A, B, W, U, S, Vh))
+    if not (torch.isfinite(A).all() and torch.isfinite(B).all()):
+        raise NumericalError("the LoRA pair holds NaN or infinity")
     A_rows, B_rows, directions = orthonormal_rows(A, B)
     D = W @ A_rows.T - U @ (S[:, None] * (Vh @ A_rows.T))
-    if not (torch.isfinite(D).all() and torch.isfinite(B_rows).all()):
-        raise NumericalError("NaN or infinity in the weight, the emulator or the LoRA pair")
     D, clamped = clamp_columns(D, scaling * B_rows, clamp)
+    corrected = B_rows - D / scaling
+    if not torch.isfinite(corrected).all():
+        raise NumericalError("the weight or the emulator holds NaN or infinity, or the correction exceeds float32")
     return Correction(
         A=A_rows,
-        B=B_rows - D / scaling,
+        B=corrected,
         directions=directions,
         clamped=clamped,
         delta_norm=float(D.norm()),

@@ -17,7 +17,7 @@ def accumulate(G: torch.Tensor, X: torch.Tensor) -> None:
     The product is taken in G's dtype (float32) and not in X's: a product with bfloat16 output is wrong by
     1.6e-3 relative and has negative eigenvalues.
     """
-    for rows in X.split(ROWS_PER_PRODUCT):
+    for rows in torch.split(X, ROWS_PER_PRODUCT):
         rows = rows.to(G.dtype)
         G.addmm_(rows.T, rows)
 

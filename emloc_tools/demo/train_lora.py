@@ -40,8 +40,9 @@ def main() -> None:
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     with options.data.open(encoding="utf-8") as lines:
         samples = [encode(json.loads(line), tokenizer, options.max_length) for line in lines if line.strip()]
-    figures: dict[str, Any] = {"rss_before_model_bytes": peak_memory()}
-    base = AutoModelForCausalLM.from_pretrained(options.model, dtype=getattr(torch, options.dtype), **trust)
+    figures: dict[str, Any] = {"idle_bytes": peak_memory()}
+    dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
+    base = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype, **trust)
     figures["model_parameters"] = sum(weight.numel() for weight in base.parameters())
     figures["model_parameter_bytes"] = sum(weight.nbytes for weight in base.parameters())
     size = {"r": options.rank, "lora_alpha": options.alpha}
@@ -49,7 +50,7 @@ def main() -> None:
     figures["trainable_parameters"], _ = model.get_nb_trainable_parameters()
     figures |= train(model, tokenizer, samples, options)
     model.save_pretrained(options.output)
-    figures["peak_rss_bytes"] = peak_memory()
+    figures["peak_bytes"] = peak_memory()
     (options.output / "training.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     print(f"trained {options.steps} steps in {figures['seconds']:.0f} s; the adapter is in {options.output}")
 
@@ -120,7 +121,10 @@ class LossLines(TrainerCallback):  # type: ignore[misc]
 
 
 def peak_memory() -> int:
-    """Largest resident size of this process so far, in bytes; Linux counts in KiB, macOS in bytes."""
+    """Largest use of GPU memory so far, else the largest resident size of this process, in bytes."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    # Linux counts in KiB, macOS in bytes.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

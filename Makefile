@@ -1,0 +1,51 @@
+# Everything runs in .venv, which the first target that needs it creates. Choose another interpreter with PYTHON=python3.12.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH := $(shell grep '^torch==' constraints.txt)
+OUTPUT ?= demo-run
+
+.PHONY: help demo test lint format docs goldens bench clean
+
+help: ## Show the targets
+	@grep -hE '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
+
+demo: $(VENV)/.installed ## Run the whole method on this machine (about three minutes)
+	$(BIN)/emloc-tools demo --overwrite --output $(OUTPUT)
+
+test: $(VENV)/.developer lint ## Check everything that CI checks
+	$(BIN)/python -m tests.external.environments
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.developer ## Check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.developer ## Put the code into the project's style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: $(VENV)/.developer ## Write what is generated: the command reference and the formats' schemas
+	$(BIN)/python -m docs.generate
+	$(BIN)/python -m emloc_tools.files.schemas
+
+bench: $(VENV)/.installed ## Measure again what docs/benchmarks.md shows (about half an hour)
+	$(BIN)/python -m benchmarks.streaming
+	$(BIN)/python -m benchmarks.decomposition
+	$(BIN)/python -m benchmarks.billion
+
+clean: ## Remove the environments, caches and the demo's files
+	rm -rf $(VENV) .venv-trainer-* .mypy_cache .ruff_cache .pytest_cache .hypothesis $(OUTPUT)
+
+# torch first and by itself: with its version spelled out, pip takes a CPU build where one is offered locally.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed, found " + sys.version)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check '$(TORCH)'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
+	touch $@
+
+$(VENV)/.developer: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@

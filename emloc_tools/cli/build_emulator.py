@@ -59,15 +59,15 @@ def build_emulator(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Build the light emulator of a base that a LoRA is trained on.
+    """Build a light stand-in for a base, to train a LoRA on.
 
     Every linear layer becomes low-rank factors that best keep its outputs on the calibration data. Weights are read
-    one at a time.
+    one at a time. Exactly one of --ratio, --params and --size is needed.
     """
     from emloc_tools.cli import console, emulators
     from emloc_tools.stages.build_emulator import build_emulator as run
 
-    with console.progress(hidden=quiet or as_json) as progress:
+    with console.progress(hidden=quiet) as progress:
         written = run(
             base=base,
             revision=revision,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -11,7 +12,8 @@ from emloc_tools.cli import options
 EXAMPLE = """Example:
 
 \b
-  emloc-tools calibrate --base meta-llama/Llama-3.1-8B --data train.jsonl --output calibration
+  emloc-tools calibrate --base meta-llama/Llama-3.1-8B --data train.jsonl \\
+      --output calibration
 """
 
 
@@ -42,14 +44,15 @@ def calibrate(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Record what a task's samples look like to every linear layer of a base.
+    """Record how your data look in each layer of a base.
 
-    The base is read once, block by block, and may be larger than memory.
+    These statistics (Gram matrices) let build-emulator keep what matters for the task. The base is read once, block by
+    block, and may be larger than memory.
     """
     from emloc_tools.cli import console
     from emloc_tools.stages.calibrate import calibrate as run
 
-    with console.progress(hidden=quiet or as_json) as progress:
+    with console.progress(hidden=quiet) as progress:
         result = run(
             base=base,
             revision=revision,
@@ -69,18 +72,21 @@ def calibrate(
             command=options.command_line(),
             progress=progress,
         )
-    rows = [
+    rows: list[tuple[str, Any]] = [
         ("samples", result.samples),
         ("tokens", result.tokens),
         ("layers", result.layers),
         ("statistics", f"{result.grams} Gram matrices, {console.size(result.gram_bytes)}"),
         ("read", console.size(result.bytes_read)),
     ]
-    if result.unreached:
-        rows.append(("no data reached", f"{len(result.unreached)} layers, such as {result.unreached[0]}"))
-    rows.append(
-        ("next", f"emloc-tools build-emulator --base {base} --calibration {output} --ratio 0.25 --output EMULATOR")
-    )
+    following = ("build-emulator", "--base", base, "--calibration", output, "--ratio", "0.25", "--output", "EMULATOR")
+    rows.append(("next", console.Verbatim(options.runnable(*following))))
     console.emit(
         result, as_json=as_json, quiet=quiet, draw=lambda out: console.facts(out, f"Calibration in {output}", rows)
     )
+    if result.unreached:
+        console.warn(
+            f"no sample reached {len(result.unreached)} layers, such as {result.unreached[0]}; an emulator keeps them "
+            "dense. More --samples may reach them.",
+            hidden=quiet,
+        )

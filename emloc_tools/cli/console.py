@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,23 +20,34 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from emloc_tools.records import Step
 
 WIDTH_OF_LOGS = 110  # where the output is no terminal
+CORRECTION = "‖D‖/‖sB'‖"  # size of a correction, relative to the trained update
+
+
+class Verbatim(str):
+    """A value that is never wrapped, such as a command line to copy."""
 
 
 def stdout() -> Console:
     """Results go here."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=WIDTH_OF_LOGS)
+    return _console()
 
 
 def stderr() -> Console:
     """Progress and warnings go here."""
-    return Console(stderr=True, highlight=False)
+    return _console(stderr=True)
+
+
+def _console(*, stderr: bool = False) -> Console:
+    console = Console(stderr=stderr, highlight=False, markup=False, emoji=False)
+    if not console.is_terminal:
+        console.width = WIDTH_OF_LOGS
+    return console
 
 
 @contextlib.contextmanager
@@ -46,13 +58,13 @@ def progress(*, hidden: bool) -> Iterator[Callable[[Step], None]]:
         yield _silent if hidden else _tenths(console)
         return
     columns = (
-        TextColumn("{task.description:<10}"),
+        TextColumn("{task.description:<9}", markup=False),
         BarColumn(bar_width=30),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
-        TextColumn("[dim]{task.fields[detail]}"),
+        TextColumn("{task.fields[detail]}", style="dim", markup=False),
     )
     with Progress(*columns, console=console, transient=True) as bar:
         tasks: dict[str, TaskID] = {}
@@ -73,32 +85,77 @@ def emit(value: Any, *, as_json: bool, quiet: bool, draw: Callable[[Console], No
         draw(stdout())
 
 
+def warn(message: str, *, hidden: bool = False) -> None:
+    """One line on stderr about a result that is complete but not what one would wish for."""
+    if not hidden:
+        stderr().print(f"Warning: {' '.join(message.split())}", soft_wrap=True)
+
+
+def heading(console: Console, title: str) -> None:
+    """A line in bold."""
+    console.print(Text(title, style="bold"), soft_wrap=True)
+
+
 def facts(console: Console, title: str, rows: Sequence[tuple[str, Any]]) -> None:
-    """A heading and aligned names and values."""
-    console.print(f"[bold]{title}[/bold]")
-    table = Table.grid(padding=(0, 2))
+    """A heading and aligned names and values. Values are wrapped between words, but for a `Verbatim`."""
+    heading(console, title)
+    indent = max((len(name) for name, _ in rows), default=0) + 4
     for name, value in rows:
-        table.add_row(f"  {name}", number(value))
-    console.print(table)
+        text = "\n".join(_lines(value, console.width - indent))
+        console.print(f"  {name:<{indent - 2}}{text}".replace("\n", "\n" + " " * indent), soft_wrap=True)
 
 
-def layer_table(console: Console, rows: Sequence[dict[str, Any]], bars: Sequence[str] = ()) -> None:
-    """One line per layer; columns named in `bars` (fractions 0-1) get a small bar."""
+def _lines(value: Any, width: int) -> list[str]:
+    if isinstance(value, Verbatim):
+        return [value]
+    if isinstance(value, (list, tuple)):
+        return [line for item in value for line in _lines(item, width)] or ["none"]
+    return textwrap.wrap(number(value), max(width, 20), break_long_words=False, break_on_hyphens=False) or [""]
+
+
+def layer_table(
+    console: Console, rows: Sequence[dict[str, Any]], bars: Sequence[str] = (), to_right: Sequence[str] = ()
+) -> None:
+    """One line per row, never cut or wrapped; columns named in `bars` (fractions 0-1) get a small bar.
+
+    Texts are aligned to the left, numbers and the columns named in `to_right` to the right.
+    """
     if not rows:
         return
-    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1))
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    for column in columns:
-        table.add_column(column, justify="left" if column == "layer" or column in bars else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*(bar(row[key]) if key in bars else number(row.get(key, "")) for key in columns))
-    console.print(table)
+    unicode = console.encoding.lower().startswith("utf")
+    cells = [[_cell(row.get(key), key in bars, unicode) for key in columns] for row in rows]
+    widths = [max(len(row[i]) for row in [columns, *cells]) for i in range(len(columns))]
+    left = [
+        key in bars or (key not in to_right and all(isinstance(row.get(key), str) for row in rows)) for key in columns
+    ]
+    for row in [columns, *cells]:
+        aligned = (
+            cell.ljust(width) if to_left else cell.rjust(width)
+            for cell, width, to_left in zip(row, widths, left, strict=True)
+        )
+        line = Text("  ".join(aligned).rstrip(), style="bold" if row is columns else "")
+        console.print(line, soft_wrap=True)
 
 
-def bar(fraction: float, width: int = 10) -> str:
+def _cell(value: Any, as_bar: bool, unicode: bool) -> str:
+    if value is None:
+        return ""
+    if as_bar:
+        return bar(float(value), unicode=unicode)
+    return fraction(value) if isinstance(value, float) else number(value)
+
+
+def bar(value: float, width: int = 10, *, unicode: bool = True) -> str:
     """A fraction as a bar and a number."""
-    filled = round(min(max(fraction, 0.0), 1.0) * width)
-    return f"{'█' * filled}{'·' * (width - filled)} {fraction:.4f}"
+    full, empty = "█·" if unicode else "#."
+    filled = round(min(max(value, 0.0), 1.0) * width)
+    return f"{full * filled}{empty * (width - filled)} {fraction(value)}"
+
+
+def fraction(value: float) -> str:
+    """A number to three decimals, all that means something in errors and ratios; the smallest are not shown as 0."""
+    return "<0.001" if 0 < value < 0.0005 else f"{value:.3f}"
 
 
 def number(value: Any) -> str:
@@ -109,7 +166,7 @@ def number(value: Any) -> str:
         return f"{value:,}"
     if isinstance(value, float):
         return f"{value:.4g}"
-    if isinstance(value, list):
+    if isinstance(value, (list, tuple)):
         return "; ".join(map(number, value))
     return "none" if value is None else str(value)
 
@@ -145,9 +202,9 @@ def _tenths(console: Console) -> Callable[[Step], None]:
     shown: dict[str, int] = {}
 
     def show(step: Step) -> None:
-        tenth = 10 * step.done // step.total
+        tenth = 10 * step.done // max(step.total, 1)
         if tenth > shown.get(step.title, 0):
             shown[step.title] = tenth
-            console.print(f"{step.title}: {step.done} of {step.total}  {step.detail}", markup=False, soft_wrap=True)
+            console.print(f"{step.title}: {step.done} of {step.total}  {step.detail}".rstrip(), soft_wrap=True)
 
     return show

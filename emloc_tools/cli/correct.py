@@ -14,10 +14,13 @@ if TYPE_CHECKING:
 
     from emloc_tools.stages.correct import CorrectionResult
 
+ROWS = 12  # pairs shown; `inspect` shows all
+
 EXAMPLE = """Example:
 
 \b
-  emloc-tools correct --emulator emulator --adapter lora --base meta-llama/Llama-3.1-8B --output corrected
+  emloc-tools correct --emulator emulator --adapter lora \\
+      --base meta-llama/Llama-3.1-8B --output corrected
 """
 
 
@@ -32,7 +35,7 @@ EXAMPLE = """Example:
     metavar="NUMBER|none",
     help="Largest correction of a direction, relative to its update; none for no limit.",
 )
-@click.option("--device", default="cpu", show_default=True, help="auto, cpu, cuda, cuda:1, ...")
+@options.device_option("cpu")
 @click.option("--dry-run", is_flag=True, help="Report what would be corrected and write nothing.")
 @click.option("--output", type=options.FOLDER, help="Folder to write; needed unless --dry-run.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing output of emloc-tools.")
@@ -51,7 +54,7 @@ def correct(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Turn a LoRA that was trained on an emulator into an ordinary one for the base.
+    """Fit a LoRA trained on an emulator to its base.
 
     Reads only the weights that the LoRA touches. The result loads with PEFT, merges and is served as any other.
     """
@@ -60,7 +63,7 @@ def correct(
 
     if output is None and not dry_run:
         raise click.UsageError("Missing option '--output' (or pass --dry-run).")
-    with console.progress(hidden=quiet or as_json) as progress:
+    with console.progress(hidden=quiet) as progress:
         result = run(
             emulator=emulator,
             adapter=adapter,
@@ -94,23 +97,24 @@ def _draw(out: Console, result: CorrectionResult, base: str) -> None:
     directions = sum(layer.directions for layer in layers.values())
     rows: list[tuple[str, Any]] = [
         ("corrected", f"{len(layers)} LoRA pairs, {directions} directions, {clamped} of them clamped"),
-        ("passed on", f"{len(result.unchanged)} tensors that need no correction"),
     ]
+    if result.unchanged:
+        rows.append(("passed on", f"{len(result.unchanged)} tensors of layers that the emulator keeps dense"))
     if result.output is not None:
-        rows.append(("next", f'PeftModel.from_pretrained(base, "{result.output}") on {base}'))
+        evaluate = ("evaluate", "--base", base, "--adapter", result.output, "--data", "HELDOUT.jsonl")
+        rows.append(("next", console.Verbatim(options.runnable(*evaluate))))
     title = f"Corrected LoRA in {result.output}" if result.output else "Dry run: nothing was written"
     console.facts(out, title, rows)
     sizes = {name: layer.delta_norm / layer.update_norm for name, layer in layers.items() if layer.update_norm}
-    largest = sorted(sizes, key=lambda name: -sizes[name])[:12]
-    if largest:
-        out.print(f"\n[bold]Largest corrections[/bold] ({len(largest)} of {len(layers)})")
-        table = [
-            {
-                "layer": name,
-                "rank": layers[name].rank,
-                "clamped": layers[name].clamped,
-                "correction / update": sizes[name],
-            }
-            for name in largest
-        ]
-        console.layer_table(out, table)
+    largest = sorted(sizes, key=lambda name: -sizes[name])[:ROWS]
+    if not largest:
+        return
+    out.print()
+    console.heading(out, f"Largest corrections D, relative to the update sB' ({len(largest)} of {len(layers)} pairs)")
+    table = [
+        {"layer": name, "rank": layers[name].rank, "clamped": layers[name].clamped, console.CORRECTION: sizes[name]}
+        for name in largest
+    ]
+    console.layer_table(out, table)
+    if len(largest) < len(layers) and result.output is not None:
+        out.print(f"All: {options.runnable('inspect', result.output)}", soft_wrap=True)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from emloc_tools.cli import console
+from emloc_tools.cli import console, options
 
 if TYPE_CHECKING:
     from emloc_tools.files.emulator_writer import WrittenEmulator
@@ -25,7 +25,11 @@ def draw(out: Console, written: WrittenEmulator) -> None:
         ("parameters", f"{manifest.parameters:,} of {manifest.base_parameters:,} ({part:.0%})"),
         ("size", console.size(written.nbytes)),
         ("factored", f"{len(errors)} layers, ranks by {manifest.allocation} allocation"),
-        ("relative error", f"mean {mean(errors.values()):.4f}, largest {max(errors.values()):.4f}"),
+        (
+            "relative error",
+            f"mean {console.fraction(mean(errors.values()))}, largest {console.fraction(max(errors.values()))} of a "
+            f"layer's {'weight' if manifest.calibration is None else 'output on the data'}",
+        ),
     ]
     if manifest.calibration is None:
         rows.append(
@@ -36,12 +40,13 @@ def draw(out: Console, written: WrittenEmulator) -> None:
     short = [name for name, layer in manifest.layers.items() if layer.energetic < layer.rank]
     if short:
         rows.append(("filled", f"{len(short)} layers had fewer directions in the data than ranks, such as {short[0]}"))
-    rows.append(("next", f"train a LoRA on {written.folder} (trust_remote_code=True), then emloc-tools correct"))
+    rows.append(("next", "train a LoRA on it with any trainer (trust_remote_code=True), save it to LORA, then"))
+    correct = ("correct", "--emulator", written.folder, "--adapter", "LORA", "--base", manifest.base.id)
+    rows.append(("", console.Verbatim(options.runnable(*correct, "--output", "CORRECTED"))))
     console.facts(out, f"Emulator in {written.folder}", rows)
     worst = sorted(errors, key=lambda name: -errors[name])[:ROWS]
-    out.print(
-        f"\n[bold]Largest errors[/bold] ({len(worst)} of {len(errors)}; all: emloc-tools inspect {written.folder})"
-    )
+    out.print()
+    console.heading(out, f"Largest errors ({len(worst)} of {len(errors)} layers)")
     table = [
         {
             "layer": name,
@@ -53,3 +58,5 @@ def draw(out: Console, written: WrittenEmulator) -> None:
         for name in worst
     ]
     console.layer_table(out, table, bars=["relative error"])
+    if len(worst) < len(errors):
+        out.print(f"All: {options.runnable('inspect', written.folder)}", soft_wrap=True)

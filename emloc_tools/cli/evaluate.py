@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 EXAMPLE = """Example:
 
 \b
-  emloc-tools evaluate --base meta-llama/Llama-3.1-8B --adapter corrected --data heldout.jsonl
+  emloc-tools evaluate --base meta-llama/Llama-3.1-8B --adapter corrected \\
+      --data heldout.jsonl
 """
 
 
@@ -45,14 +46,15 @@ def evaluate(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Measure loss, perplexity and token accuracy of a base or an emulator, with and without LoRAs.
+    """Measure loss and accuracy, with and without LoRAs.
 
-    Models are read once, block by block, and may be larger than memory.
+    Give --base, --emulator or both; every --adapter is tried on each (a corrected one on the base alone). Of a prompt
+    and completion, the completion counts. Models are read once, block by block, and may be larger than memory.
     """
     from emloc_tools.cli import console
     from emloc_tools.stages.evaluate import evaluate as run
 
-    with console.progress(hidden=quiet or as_json) as progress:
+    with console.progress(hidden=quiet) as progress:
         results = run(
             base=base,
             revision=revision,
@@ -70,29 +72,38 @@ def evaluate(
         )
     value = {"results": [{**console.plain(result), "perplexity": result.perplexity} for result in results]}
     console.emit(value, as_json=as_json, quiet=quiet, draw=lambda out: _draw(out, results))
+    _warn(results, quiet)
 
 
 def _draw(out: Console, results: Sequence[Evaluation]) -> None:
-    from rich.table import Table
+    from emloc_tools.cli import console
 
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for column in ("model", "adapter", "loss", "perplexity", "token accuracy", "tokens"):
-        table.add_column(column, justify="left" if column in ("model", "adapter") else "right")
-    for result in results:
-        table.add_row(
-            result.model,
-            result.adapter or "-",
-            f"{result.loss:.4f}",
-            f"{result.perplexity:.3f}",
-            f"{result.accuracy:.2%}",
-            f"{result.tokens:,}",
-        )
-    out.print(table)
+    rows = [
+        {
+            "model": result.model,
+            "adapter": result.adapter or "none",
+            "loss": f"{result.loss:.4f}",
+            "perplexity": f"{result.perplexity:.4g}",
+            "token accuracy": f"{result.accuracy:.1%}",
+            "tokens": f"{result.tokens:,}",
+        }
+        for result in results
+    ]
+    console.layer_table(out, rows, to_right=["loss", "perplexity", "token accuracy", "tokens"])
+
+
+def _warn(results: Sequence[Evaluation], quiet: bool) -> None:
+    """A LoRA that makes the base worse is the one thing that must not be overlooked."""
+    from emloc_tools.cli import console
+
     without = {result.model: result.loss for result in results if result.adapter is None}
     for result in results:
         if result.adapter is not None and result.model == "base" and result.loss >= without["base"]:
-            out.print(
-                f"The base is better without {result.adapter} on these data ({without['base']:.4f} against "
-                f"{result.loss:.4f}). Try a larger --ratio, or calibrate on data of the task itself.",
-                soft_wrap=True,
+            advice = "try a larger --ratio, or calibrate on data of the task itself"
+            if not result.corrected:
+                advice = "if it was trained on an emulator, run emloc-tools correct first"
+            console.warn(
+                f"the base is better without {result.adapter} on these data ({without['base']:.4f} against "
+                f"{result.loss:.4f}); {advice}",
+                hidden=quiet,
             )

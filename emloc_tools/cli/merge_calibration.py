@@ -23,11 +23,14 @@ EXAMPLE = """Example:
 def merge_calibration(
     parts: tuple[Path, ...], max_shard_size: int, output: Path, overwrite: bool, as_json: bool, quiet: bool
 ) -> None:
-    """Add up calibrations of the same base that were made from different data."""
+    """Add up calibrations of a base made from different data.
+
+    So calibration can be spread over machines: the sum equals one calibration on all data. Give two or more folders.
+    """
     from emloc_tools.cli import console
     from emloc_tools.stages.merge_calibration import merge_calibration as run
 
-    with console.progress(hidden=quiet or as_json) as progress:
+    with console.progress(hidden=quiet) as progress:
         result = run(
             parts=parts,
             output=output,
@@ -41,6 +44,7 @@ def merge_calibration(
         ("samples", result.samples),
         ("tokens", result.tokens),
         ("layers", result.layers),
+        ("statistics", f"{result.grams} Gram matrices"),
     ]
     title = f"Merged calibration in {output}"
     console.emit(result, as_json=as_json, quiet=quiet, draw=lambda out: console.facts(out, title, rows))

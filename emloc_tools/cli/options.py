@@ -5,54 +5,58 @@ from __future__ import annotations
 import re
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from decimal import Decimal
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+PROGRAM = "emloc-tools"
+
+if TYPE_CHECKING:
+    _Type = click.ParamType[int]
+else:
+    _Type = click.ParamType  # generic only from click 8.4
+
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-FOLDER = click.Path(path_type=Path, file_okay=False)
-FILE = click.Path(path_type=Path)
+
+def _path(name: str) -> click.Path:
+    """A path, shown as `name` in help texts. The stages check it, for they can say what they expect there."""
+    path = click.Path(path_type=Path)
+    path.name = name
+    return path
 
 
-class Quantity(click.ParamType):
-    """A whole number with an optional unit, such as `2B` parameters or `8GiB`."""
+FOLDER, FILE = _path("folder"), _path("file")
 
-    def __init__(self, name: str, units: dict[str, int]) -> None:
-        self.name, self._units = name, units
+
+class Quantity(_Type):
+    """A whole number with an optional unit, such as `2B` parameters or `8GiB`. `units` maps each to its factor."""
+
+    def __init__(self, name: str, units: Mapping[str, int], *, example: str) -> None:
+        self.name, self._units, self._example = name, units, example
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         """The number of units 1."""
         if isinstance(value, int):
             return value
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", value.strip())
+        match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)", value.strip())
         unit = {name.lower(): factor for name, factor in self._units.items()}.get(match[2].lower()) if match else None
-        if match is None or unit is None or float(match[1]) * unit < 1:
-            self.fail(f"{value!r} is not a size such as {', '.join(self._examples())}", param, ctx)
-        return int(float(match[1]) * unit)
+        if match is None or unit is None:
+            units = ", ".join(name for name in self._units if name)
+            self.fail(f"{value!r} is not a number with one of the units {units}, such as {self._example}", param, ctx)
+        count = int(Decimal(match[1]) * unit)
+        if count < 1:
+            self.fail(f"{value!r} is less than 1", param, ctx)
+        return count
 
-    def _examples(self) -> list[str]:
-        return [f"2{unit}" for unit in list(self._units)[1:4]]
 
-
-PARAMETERS = Quantity("COUNT", {"": 1, "M": 10**6, "B": 10**9, "K": 10**3, "T": 10**12})
-BYTES = Quantity(
-    "SIZE",
-    {
-        "": 1,
-        "MiB": 2**20,
-        "GiB": 2**30,
-        "GB": 10**9,
-        "B": 1,
-        "KB": 10**3,
-        "MB": 10**6,
-        "TB": 10**12,
-        "KiB": 2**10,
-        "TiB": 2**40,
-    },
-)
+PARAMETERS = Quantity("COUNT", {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}, example="2B")
+DECIMAL_BYTES = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+BINARY_BYTES = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+BYTES = Quantity("SIZE", {"": 1, **DECIMAL_BYTES, **BINARY_BYTES}, example="8GiB")
 
 
 def base_options(required: bool = True) -> Callable[[Command], Command]:
@@ -102,15 +106,26 @@ def size_options(command: Command) -> Command:
     return _stack(
         click.option("--ratio", type=float, help="Part of each layer's values to keep, 0 to 1, such as 0.25."),
         click.option("--params", type=PARAMETERS, help="Parameters of the whole emulator, such as 2B."),
-        click.option("--size", type=BYTES, help="Size of the whole emulator, such as 8GiB."),
+        click.option("--size", type=BYTES, help="Bytes of the whole emulator, such as 8GiB or 8GB."),
     )(command)
+
+
+def device_option(device: str) -> Callable[[Command], Command]:
+    """--device."""
+    return click.option(
+        "--device",
+        metavar="DEVICE",
+        default=device,
+        show_default=True,
+        help="Where to compute: auto, cpu, cuda, cuda:1, ...",
+    )
 
 
 def device_options(device: str, dtype_help: str) -> Callable[[Command], Command]:
     """--device and --dtype."""
     dtypes = click.Choice(["auto", "float32", "bfloat16", "float16"])
     return _stack(
-        click.option("--device", default=device, show_default=True, help="auto, cpu, cuda, cuda:1, ..."),
+        device_option(device),
         click.option("--dtype", type=dtypes, default="auto", help=dtype_help),
     )
 
@@ -140,7 +155,12 @@ def report_options(command: Command) -> Command:
 
 def command_line() -> str:
     """The command line, for the provenance of an artifact."""
-    return shlex.join(["emloc-tools", *sys.argv[1:]])
+    return shlex.join([PROGRAM, *sys.argv[1:]])
+
+
+def runnable(*words: object) -> str:
+    """A command of ours that can be pasted into a shell."""
+    return shlex.join([PROGRAM, *map(str, words)])
 
 
 def _stack(*options: Callable[[Any], Any]) -> Callable[[Command], Command]:

@@ -32,11 +32,15 @@ def truncate(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Make a smaller emulator from a larger one, without the base and in seconds."""
+    """Cut a smaller emulator out of a larger one.
+
+    Needs neither the base nor the data, and equals a new build of that size. Exactly one of --ratio, --params and
+    --size is needed; they mean what they mean to build-emulator.
+    """
     from emloc_tools.cli import console, emulators
     from emloc_tools.stages.truncate import truncate as run
 
-    with console.progress(hidden=quiet or as_json) as progress:
+    with console.progress(hidden=quiet) as progress:
         written = run(
             emulator=emulator,
             ratio=ratio,

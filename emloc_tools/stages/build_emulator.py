@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
-from emloc_tools.errors import InputError, MismatchError, NumericalError
+from emloc_tools.errors import InputError, MismatchError, NumericalError, UnsupportedError
 from emloc_tools.files.calibration import Calibration
+from emloc_tools.files.emulator import FLOATS
 from emloc_tools.files.emulator_writer import EmulatorWriter, WrittenEmulator
 from emloc_tools.files.folders import check_output, new_folder, require_folder
 from emloc_tools.files.manifest import (
@@ -27,6 +29,7 @@ from emloc_tools.models.modeling import FILE, emulator_name, modeling_source
 from emloc_tools.models.weights import ModelWeights
 from emloc_tools.records import Allocation, Gram, Layer, LowRank, Progress, Step, silent
 from emloc_tools.stages.budget import budget_ratio
+from emloc_tools.stages.refusals import require_apart, require_own_weights
 
 
 def build_emulator(
@@ -63,67 +66,99 @@ def build_emulator(
     `NumericalError` for NaN or infinity.
     """
     check_output(output, overwrite=overwrite)
-    opened = open_base(base, revision=revision, trust_remote_code=trust_remote_code)
-    modeling, auto_map = modeling_source(opened.config, opened.architecture)
-    statistics = _open_calibration(calibration)
-    layers = _layers(opened, statistics, targets, exclude)
-    weights = opened.weights(layers)
-    factory = _Factory(weights, statistics, choose_device(device), getattr(torch, eigen_dtype), progress)
-    stored_dtype = _factor_dtype(weights, layers, dtype)
-    specs = [TensorSpec(name, *weights.stored_spec(name)) for name in weights.stored_names()]
-    given = ranks is not None
-    if ranks is None:
-        chosen = {weight_name(layer) for layer in layers}
-        dense = [spec for spec in specs if spec.name not in chosen]
-        ratio = budget_ratio(dense, layers, stored_dtype, ratio=ratio, params=params, size=size)
-        ranks = uniform_ranks(layers, ratio)
-        if allocation == "adaptive":
-            shares = {layer.name: factory.shares(layer, len(layers)) for layer in layers if layer.name in ranks}
-            ranks = adaptive_ranks(layers, shares, ratio)
-    factored = {layer.name: layer for layer in layers if layer.name in ranks}
-    if not factored:
-        raise InputError("no layer would become smaller; choose a lower --ratio or other --targets")
-    replaced = {weight_name(layer) for layer in factored.values()}
-    with new_folder(output, overwrite=overwrite) as folder, opened.tensors:
-        writer = EmulatorWriter(
-            folder,
-            dense=[spec for spec in specs if spec.name not in replaced],
-            factored={name: (layer.out_features, layer.in_features, ranks[name]) for name, layer in factored.items()},
-            dtype=stored_dtype,
-            max_shard_size=max_shard_size,
-        )
-        try:
-            for spec in specs:
-                if spec.name not in replaced:
-                    writer.write_dense(spec.name, weights.load([spec.name])[spec.name])
-            records = {}
-            for layer in factored.values():
-                low_rank = factory.decompose(layer, ranks[layer.name], len(factored))
-                writer.write_factors(layer.name, low_rank.U, low_rank.S, low_rank.Vh)
-                records[layer.name] = _record(layer, low_rank, weights.hashes[weight_name(layer)])
-            copy_companions(opened.source, folder)
-            manifest = writer.finish(
-                base_config=_config(opened, dtype),
-                class_name=emulator_name(opened.architecture),
-                auto_map=auto_map,
-                modeling_file=FILE,
-                modeling=modeling,
-                fields={
-                    "made_by": made_by(command),
-                    "base": BaseRecord(id=base, revision=opened.source.revision, architecture=opened.architecture),
-                    "calibration": statistics
-                    and CalibrationReference(hash=statistics.hash, data=statistics.manifest.data),
-                    "allocation": "given" if given else allocation,
-                    "eigen_dtype": eigen_dtype,
-                    "base_parameters": sum(torch.Size(spec.shape).numel() for spec in specs),
-                    "layers": records,
-                    "ignored_tensors": weights.ignored,
-                },
+    require_apart(output, [Path(base), *([calibration] if calibration else [])])
+    device = choose_device(device)
+    with contextlib.ExitStack() as stack:
+        statistics = None if calibration is None else stack.enter_context(_open_calibration(calibration))
+        opened = open_base(base, revision=revision, trust_remote_code=trust_remote_code)
+        stack.enter_context(opened.tensors)
+        modeling, auto_map = modeling_source(opened.config, opened.architecture)
+        layers = _layers(opened, statistics, targets, exclude)
+        weights = opened.weights(layers)
+        require_own_weights(layers, weights.source_of)
+        specs = {name: TensorSpec(name, *weights.stored_spec(name)) for name in weights.stored_names()}
+        stored_dtype = _factor_dtype(specs[weight_name(layers[0])], dtype)
+        factory = _Factory(weights, statistics, device, getattr(torch, eigen_dtype), stored_dtype, progress)
+        uniform = None
+        if ranks is not None:
+            _check_ranks(ranks, layers, any(value is not None for value in (ratio, params, size)))
+        else:
+            of_layers = {layer.name: (layer, specs[weight_name(layer)]) for layer in layers}
+            chosen = {weight_name(layer) for layer in layers}
+            dense = [spec for spec in specs.values() if spec.name not in chosen]
+            uniform = budget_ratio(dense, of_layers, stored_dtype, ratio=ratio, params=params, size=size)
+            ranks = _spend(factory, layers, uniform, allocation)
+        factored = {layer.name: layer for layer in layers if layer.name in ranks}
+        replaced = {weight_name(layer) for layer in factored.values()}
+        folder = stack.enter_context(new_folder(output, overwrite=overwrite))
+        writer = stack.enter_context(
+            contextlib.closing(
+                EmulatorWriter(
+                    folder,
+                    dense=[spec for spec in specs.values() if spec.name not in replaced],
+                    factored={
+                        name: (layer.out_features, layer.in_features, ranks[name]) for name, layer in factored.items()
+                    },
+                    dtype=stored_dtype,
+                    max_shard_size=max_shard_size,
+                )
             )
-        finally:
-            writer.close()
+        )
+        for name in specs:
+            if name not in replaced:
+                writer.write_dense(name, weights.load([name])[name])
+        records = {}
+        for layer in factored.values():
+            low_rank = factory.decompose(layer, ranks[layer.name], len(factored))
+            writer.write_factors(layer.name, low_rank.U, low_rank.S, low_rank.Vh)
+            records[layer.name] = _record(layer, low_rank, weights.hashes[weight_name(layer)])
+        copy_companions(opened.source, folder)
+        manifest = writer.finish(
+            base_config=_config(opened, dtype),
+            class_name=emulator_name(opened.architecture),
+            auto_map=auto_map,
+            modeling_file=FILE,
+            modeling=modeling,
+            fields={
+                "made_by": made_by(command),
+                "base": BaseRecord(id=base, revision=opened.source.revision, architecture=opened.architecture),
+                "calibration": statistics and CalibrationReference(hash=statistics.hash, data=statistics.manifest.data),
+                "allocation": allocation if uniform is not None else "given",
+                "eigen_dtype": eigen_dtype,
+                "base_parameters": sum(torch.Size(spec.shape).numel() for spec in specs.values()),
+                "layers": records,
+                "ignored_tensors": weights.ignored,
+            },
+        )
     left_dense = tuple(layer.name for layer in layers if layer.name not in factored)
     return WrittenEmulator(output, manifest, writer.tensors.total_size, left_dense)
+
+
+def _spend(factory: _Factory, layers: Sequence[Layer], ratio: float, allocation: Allocation) -> dict[str, int]:
+    """The ranks that keep to the values of a uniform `ratio`."""
+    ranks = uniform_ranks(layers, ratio)
+    if not ranks:
+        raise InputError(
+            f"no layer would become smaller at a ratio of {ratio:g}, for U, S and Vh hold more values than W there; "
+            "choose a lower --ratio or other --targets"
+        )
+    if allocation == "adaptive":
+        spent = [layer for layer in layers if layer.name in ranks]
+        return adaptive_ranks(layers, {layer.name: factory.shares(layer, len(spent)) for layer in spent}, ratio)
+    return ranks
+
+
+def _check_ranks(ranks: Mapping[str, int], layers: Sequence[Layer], has_budget: bool) -> None:
+    if has_budget:
+        raise InputError("ranks= already sets the size; give it without ratio=, params= and size=")
+    largest = {layer.name: min(layer.out_features, layer.in_features) for layer in layers}
+    for name, rank in ranks.items():
+        if name not in largest:
+            raise InputError(f"ranks= names {name}, which is none of the {len(largest)} layers to factor")
+        if not 1 <= rank <= largest[name]:
+            raise InputError(f"ranks= gives {name} the rank {rank}, which is outside 1 to {largest[name]}")
+    if not ranks:
+        raise InputError("ranks= is empty; name at least one layer")
 
 
 class _Factory:
@@ -135,9 +170,11 @@ class _Factory:
         calibration: Calibration | None,
         device: str,
         dtype: torch.dtype,
+        stored: torch.dtype,
         progress: Progress,
     ) -> None:
-        self._weights, self._calibration, self._device, self._dtype = weights, calibration, device, dtype
+        self._weights, self._calibration, self._device = weights, calibration, device
+        self._dtype, self._stored = dtype, stored
         self._progress, self._done = progress, {"ranks": 0, "factors": 0}
 
     def shares(self, layer: Layer, total: int) -> torch.Tensor:
@@ -153,7 +190,10 @@ class _Factory:
             low_rank = decompose(self._weight(layer), rank, self._gram(layer), dtype=self._dtype)
         except NumericalError as error:
             raise NumericalError(f"layer {layer.name}: {error}") from error
-        self._report("factors", total, f"{layer.name}: rank {rank}, relative error {low_rank.relative_error:.4f}")
+        for factor in (low_rank.U, low_rank.S, low_rank.Vh):
+            if not torch.isfinite(factor.to(self._stored)).all():
+                raise NumericalError(f"layer {layer.name}: its factors exceed {self._stored}; use --dtype float32")
+        self._report("factors", total, f"{layer.name}: rank {rank}, relative error {low_rank.relative_error:.3f}")
         return low_rank
 
     def _weight(self, layer: Layer) -> torch.Tensor:
@@ -176,11 +216,9 @@ class _Factory:
         self._progress(Step(title, self._done[title], total, detail))
 
 
-def _open_calibration(folder: Path | None) -> Calibration | None:
-    if folder is None:
-        return None
+def _open_calibration(folder: Path) -> contextlib.closing[Calibration]:
     require_folder(folder, "a calibration")
-    return Calibration(folder)
+    return contextlib.closing(Calibration(folder))
 
 
 def _layers(
@@ -211,11 +249,12 @@ def _layers(
     return layers
 
 
-def _factor_dtype(weights: ModelWeights, layers: Sequence[Layer], dtype: str) -> torch.dtype:
+def _factor_dtype(weight: TensorSpec, dtype: str) -> torch.dtype:
     if dtype != "auto":
         return getattr(torch, dtype)  # type: ignore[no-any-return]
-    stored, _ = weights.stored_spec(weight_name(layers[0]))
-    return stored
+    if weight.dtype not in FLOATS:
+        raise UnsupportedError(f"{weight.name} is stored as {weight.dtype}; choose the factors' precision by --dtype")
+    return weight.dtype
 
 
 def _config(opened: BaseModel, dtype: str) -> dict[str, object]:

@@ -21,8 +21,10 @@ from emloc_tools.models.base import choose_device, open_base, oriented, weight_n
 from emloc_tools.models.data import Batch, count_samples, count_tokens, load_batches
 from emloc_tools.models.layers import select_layers
 from emloc_tools.models.observe import Observer, Reading
-from emloc_tools.models.stream import LockStep, Unit
+from emloc_tools.models.stream import LockStep
+from emloc_tools.models.units import Unit
 from emloc_tools.records import Gram, Layer, Progress, Side, Step, silent
+from emloc_tools.stages.refusals import require_apart, require_own_weights
 
 Key = tuple[str, ...]
 
@@ -70,6 +72,8 @@ def calibrate(
     Raises `InputError` for unusable paths, data or patterns, `NumericalError` for NaN or infinity.
     """
     check_output(output, overwrite=overwrite)
+    require_apart(output, [Path(base), data])
+    device = choose_device(device)
     opened = open_base(base, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
     layers = select_layers(opened.model, targets=targets, exclude=exclude)
     batches = load_batches(
@@ -83,7 +87,8 @@ def calibrate(
     )
     with new_folder(output, overwrite=overwrite) as folder, opened.tensors:
         weights = opened.weights(layers)
-        stream = LockStep(opened.model, weights, device=choose_device(device))
+        require_own_weights(layers, weights.source_of)
+        stream = LockStep(opened.model, weights, device=device)
         statistics = Statistics(stream, layers, batches, GramSpool(folder / "spool"), progress)
         stream.run([_forward(opened.model, batch, stream.device) for batch in batches])
         statistics.finish()
@@ -108,7 +113,7 @@ def calibrate(
                     )
                 ],
                 "layers": {
-                    layer.name: _calibrated(layer, weights.hashes[weights.source_of[weight_name(layer)]])
+                    layer.name: _calibrated(layer, weights.hashes[weight_name(layer)])
                     for layer in layers
                     if layer.name in reached
                 },

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import math
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,14 +13,15 @@ import torch
 
 from emloc_tools.errors import InputError, MismatchError, NumericalError, UnsupportedError
 from emloc_tools.files.adapter import PREFIX, Adapter, write_adapter
-from emloc_tools.files.emulator import Emulator
+from emloc_tools.files.emulator import FACTORS, Emulator
 from emloc_tools.files.folders import check_output, new_folder, require_folder
 from emloc_tools.files.manifest import BaseRecord, CorrectedLayer, made_by
+from emloc_tools.files.tensors import content_hash
 from emloc_tools.linalg.correction import CLAMP, Correction, correct_lora
-from emloc_tools.models.base import open_base, oriented
+from emloc_tools.models.base import BaseModel, choose_device, open_base, oriented
 from emloc_tools.models.lora import match_module
-from emloc_tools.models.weights import ModelWeights
 from emloc_tools.records import Layer, Progress, Step, silent
+from emloc_tools.stages.refusals import require_apart, require_plain_lora
 
 
 @dataclass(frozen=True)
@@ -52,44 +55,38 @@ def correct(
     Raises `MismatchError` for a base or an adapter that does not belong to the emulator or is corrected already,
     `UnsupportedError` for kinds of adapters that cannot be corrected, `NumericalError` for NaN or infinity.
     """
-    if output is not None:
-        check_output(output, overwrite=overwrite)
-    if clamp is not None and not clamp > 0:
-        raise InputError(f"--clamp {clamp:g} must be above 0")
     require_folder(emulator, "an emulator")
     require_folder(adapter, "a PEFT adapter")
-    trained, bundle = Adapter(adapter), Emulator(emulator)
-    if trained.corrected:
-        raise MismatchError(f"the adapter in {adapter} is corrected already; use it with its base as it is")
-    _refuse_unsupported(trained, bundle)
-    modules = {module: match_module(module, bundle.layers) for module in trained.loras}
-    opened = open_base(base, revision=revision, trust_remote_code=trust_remote_code)
-    _same_architecture(opened.architecture, bundle, base)
-    known = {name for name, _ in opened.model.named_modules()}
-    for module, name in modules.items():
-        if name is None and match_module(module, known) is None:
-            raise MismatchError(f"{base} has no module {module}, which the adapter in {adapter} adapts")
-    names = [name for name in modules.values() if name is not None]
-    layers = {name: _layer(bundle, name) for name in names}
-    weights = opened.weights(list(layers.values()))
-    tensors: dict[str, torch.Tensor] = {}
-    records: dict[str, CorrectedLayer] = {}
-    for number, module in enumerate(trained.loras, 1):
-        name = modules[module]
-        if name is not None:
-            corrected = _correct_layer(trained, bundle, weights, module, layers[name], clamp, device)
-            keys = trained.loras[module]
-            dtypes = {key: trained.tensors.spec(key).dtype for key in (keys.A, keys.B)}
-            tensors |= {
-                keys.A: corrected.A.to(dtypes[keys.A]).cpu(),
-                keys.B: corrected.B.to(dtypes[keys.B]).cpu(),
-            }
-            records[module] = _record(trained, module, corrected)
-        progress(Step("correct", number, len(trained.loras), module))
-    unchanged = [key for key in trained.tensors.names() if key not in tensors]
     if output is not None:
-        tensors |= {key: trained.read(key) for key in unchanged}
-        with new_folder(output, overwrite=overwrite) as folder:
+        check_output(output, overwrite=overwrite)
+        require_apart(output, [emulator, adapter, Path(base)])
+    if clamp is not None and not 0 < clamp < math.inf:
+        raise InputError(f"--clamp {clamp:g} must be a number above 0, such as {CLAMP:g}, or none for no limit")
+    device = choose_device(device)
+    with contextlib.ExitStack() as stack:
+        trained = stack.enter_context(contextlib.closing(Adapter(adapter)))
+        if trained.corrected:
+            raise MismatchError(f"the adapter in {adapter} is corrected already; use it with its base as it is")
+        bundle = stack.enter_context(contextlib.closing(Emulator(emulator)))
+        require_plain_lora(trained)
+        _refuse_saved_factors(trained, bundle)
+        opened = open_base(base, revision=revision, trust_remote_code=trust_remote_code)
+        stack.enter_context(opened.tensors)
+        _same_architecture(opened.architecture, bundle, base)
+        pairs = _Pairs(trained, bundle, opened, clamp, device)
+        tensors: dict[str, torch.Tensor] = {}
+        records: dict[str, CorrectedLayer] = {}
+        for number, (module, keys) in enumerate(trained.loras.items(), 1):
+            corrected = pairs.correct(module)
+            if corrected is not None:
+                for key, tensor in ((keys.A, corrected.A), (keys.B, corrected.B)):
+                    tensors[key] = _stored(trained, module, key, tensor)
+                records[module] = _record(trained, module, corrected)
+            progress(Step("correct", number, len(trained.loras), module))
+        unchanged = [key for key in trained.tensors.names() if key not in tensors]
+        if output is not None:
+            tensors |= {key: trained.read(key) for key in unchanged}
+            folder = stack.enter_context(new_folder(output, overwrite=overwrite))
             write_adapter(
                 folder,
                 _config(trained.config, base, opened.source.revision, type(opened.model)),
@@ -104,60 +101,73 @@ def correct(
                     "unchanged": unchanged,
                 },
             )
-    for resource in (trained, bundle, opened.tensors):
-        resource.close()
     return CorrectionResult(output, records, unchanged)
 
 
-def _correct_layer(
-    trained: Adapter,
-    bundle: Emulator,
-    weights: ModelWeights,
-    module: str,
-    layer: Layer,
-    clamp: float | None,
-    device: str,
-) -> Correction:
-    stored = weights.source_of[f"{layer.name}.weight"]
-    W = weights.load([stored])[stored]
-    if weights.hashes[stored] != bundle.layers[layer.name].weight_hash:
-        raise MismatchError(
-            f"{stored} is not the weight that the emulator in {bundle.folder} was made from "
-            f"({bundle.manifest.base.id}); pass that very model as --base"
-        )
-    A, B = (tensor.to(device) for tensor in trained.pair(module))
-    if (A.shape[1], B.shape[0]) != (layer.in_features, layer.out_features):
-        raise MismatchError(
-            f"the LoRA pair of {module} is for {B.shape[0]} x {A.shape[1]}, the emulator's layer is "
-            f"{layer.out_features} x {layer.in_features}; the adapter was trained on another model"
-        )
-    try:
-        scaling = trained.loras[module].scaling
-        return correct_lora(A, B, scaling, oriented(layer, W), *bundle.factors(layer.name), clamp=clamp)
-    except NumericalError as error:
-        raise NumericalError(f"layer {module}: {error}") from error
+class _Pairs:
+    """Corrects one LoRA pair at a time, after checking that its module has the weight the emulator was made from."""
+
+    def __init__(self, trained: Adapter, bundle: Emulator, opened: BaseModel, clamp: float | None, device: str) -> None:
+        self._trained, self._bundle, self._base_id = trained, bundle, opened.source.id
+        self._clamp, self._device = clamp, device
+        modules = {name for name, module in opened.model.named_modules() if hasattr(module, "weight")}
+        self._names = {module: self._find(module, modules) for module in trained.loras}
+        self._weights = opened.weights([_layer(bundle, name) for name in self._names.values() if name in bundle.layers])
+
+    def correct(self, module: str) -> Correction | None:
+        """The corrected pair of an adapted module; None where the emulator has the base's own weight."""
+        name = self._names[module]
+        stored = self._weights.source_of[f"{name}.weight"]
+        W = self._weights.load([stored])[stored]
+        if name not in self._bundle.layers:
+            self._require(content_hash(W) == self._bundle.manifest.tensors.get(stored), stored)
+            return None
+        self._require(self._weights.hashes[stored] == self._bundle.layers[name].weight_hash, stored)
+        layer = _layer(self._bundle, name)
+        A, B = (tensor.to(self._device) for tensor in self._trained.pair(module))
+        if (A.shape[1], B.shape[0]) != (layer.in_features, layer.out_features):
+            raise MismatchError(
+                f"the LoRA pair of {module} is for {B.shape[0]} x {A.shape[1]}, the emulator's layer is "
+                f"{layer.out_features} x {layer.in_features}; the adapter was trained on another model"
+            )
+        scaling, factors = self._trained.loras[module].scaling, self._bundle.factors(name)
+        try:
+            return correct_lora(A, B, scaling, oriented(layer, W), *factors, clamp=self._clamp)
+        except NumericalError as error:
+            raise NumericalError(f"layer {module}: {error}") from error
+
+    def _find(self, module: str, modules: Collection[str]) -> str:
+        name = match_module(module, self._bundle.layers) or match_module(module, modules)
+        if name is None:
+            raise MismatchError(
+                f"the adapter in {self._trained.folder} adapts {module}, which {self._base_id} does not have; it was "
+                "trained on another model"
+            )
+        return name
+
+    def _require(self, same: bool, stored: str) -> None:
+        if not same:
+            raise MismatchError(
+                f"{stored} of {self._base_id} is not the weight that the emulator in {self._bundle.folder} was made "
+                f"from ({self._bundle.manifest.base.id}); pass that very model as --base"
+            )
 
 
-def _refuse_unsupported(trained: Adapter, bundle: Emulator) -> None:
-    """What cannot be corrected exactly is refused rather than transferred wrongly."""
-    config, folder = trained.config, trained.folder
-    reasons = {
-        "use_dora": "DoRA's magnitudes belong to the emulator's weights",
-        "lora_bias": "a LoRA bias cannot be merged into layers without bias",
-        "use_qalora": "QA-LoRA pools its inputs",
-        "alora_invocation_tokens": "an activated LoRA acts on some tokens only",
-        "layer_replication": "replicated layers have no counterpart in the base",
-    }
-    for key, reason in reasons.items():
-        if config.get(key):
-            raise UnsupportedError(f"{folder} was trained with {key}: {reason}; train with plain LoRA or rsLoRA")
-    if config.get("bias", "none") != "none":
-        raise UnsupportedError(f'{folder} was trained with bias={config["bias"]!r}; train with bias="none"')
+def _stored(trained: Adapter, module: str, key: str, tensor: torch.Tensor) -> torch.Tensor:
+    """A corrected tensor in the dtype of the trained one."""
+    stored = tensor.to(trained.tensors.spec(key).dtype).cpu()
+    if not torch.isfinite(stored).all():
+        raise NumericalError(f"layer {module}: the corrected pair exceeds {stored.dtype}; save the LoRA in float32")
+    return stored
+
+
+def _refuse_saved_factors(trained: Adapter, bundle: Emulator) -> None:
+    """Whole modules that the adapter saves replace the base's, which is impossible for factors."""
     for key in trained.other_tensors:
         module, _, part = key.removeprefix(PREFIX).rpartition(".")
-        if part in ("U", "S", "Vh") or (part == "weight" and match_module(module, bundle.layers) is not None):
+        if part in FACTORS or (part == "weight" and match_module(module, bundle.layers) is not None):
             raise UnsupportedError(
-                f"{folder} saves {module} as a whole (modules_to_save), but the emulator holds it as factors; "
+                f"{trained.folder} saves {module} as a whole (modules_to_save), but the emulator holds it as factors; "
                 "leave it out of modules_to_save, or keep it dense with --exclude when building the emulator"
             )
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,20 +12,22 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from emloc_tools.errors import InputError, NumericalError, UnsupportedError
+from emloc_tools.errors import InputError, MismatchError, NumericalError, UnsupportedError
 from emloc_tools.files.adapter import Adapter
 from emloc_tools.files.emulator import Emulator
 from emloc_tools.files.folders import require_folder
 from emloc_tools.files.tensors import TensorFolder
 from emloc_tools.models.base import choose_device, open_base
 from emloc_tools.models.data import Batch, load_batches
+from emloc_tools.models.layers import describe
 from emloc_tools.models.loading import emulator_class
-from emloc_tools.models.lora import LoraPair, attach_loras
+from emloc_tools.models.lora import LoraPair, attach_loras, match_module
 from emloc_tools.models.skeleton import build_skeleton, compute_dtype, load_config
 from emloc_tools.models.source import Source
 from emloc_tools.models.stream import LockStep
 from emloc_tools.models.weights import ModelWeights
 from emloc_tools.records import Progress, Step, silent
+from emloc_tools.stages.refusals import require_plain_lora
 
 ROWS_PER_SOFTMAX = 512  # bounds the float32 copy of the logits: 512 x 128256 x 4 bytes = 263 MB
 TOKENS_IN_FLIGHT = 65536  # activations of so many tokens are held while the model streams by once
@@ -32,10 +35,14 @@ TOKENS_IN_FLIGHT = 65536  # activations of so many tokens are held while the mod
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One model with at most one adapter: mean loss in nats per target token, and the part predicted rightly."""
+    """One model with at most one adapter: mean loss in nats per target token, and the part predicted rightly.
+
+    `corrected` says whether the adapter is one that `correct` wrote.
+    """
 
     model: str
     adapter: str | None
+    corrected: bool
     loss: float
     accuracy: float
     tokens: int
@@ -70,16 +77,22 @@ def evaluate(
     """
     if base is None and emulator is None:
         raise InputError("give --base, --emulator or both")
+    device = choose_device(device)
+    loaded = {path: _load_adapter(path) for path in adapters}
+    if base is None:
+        for path, (_, corrected) in loaded.items():
+            if corrected:
+                raise InputError(f"{path} is corrected, so it belongs to the base and not to its emulator; give --base")
     opened = []
     if base is not None:
         opened.append(_open_base_model(base, revision, dtype, trust_remote_code))
     if emulator is not None:
         opened.append(_open_emulator(emulator, dtype))
-    loaded = {path: _load_adapter(path) for path in adapters}
-    device = choose_device(device)
     results = []
     for number, target in enumerate(opened):
-        usable = {str(p): pairs for p, (pairs, corrected) in loaded.items() if not (corrected and target.is_emulator)}
+        usable = {
+            str(path): pairs for path, (pairs, corrected) in loaded.items() if not (corrected and target.is_emulator)
+        }
         batches = load_batches(
             data,
             target.source,
@@ -90,10 +103,13 @@ def evaluate(
             trust_remote_code=trust_remote_code,
         )
         variants = [None, *usable]
+        for name, pairs in usable.items():
+            _require_shapes(target, name, pairs)
         with target.tensors:
             sums = _run(target, batches, list(usable.values()), device, number, len(opened), progress)
         for variant, total in zip(variants, sums, strict=True):
-            results.append(total.result(target.name, variant))
+            corrected = variant is not None and loaded[Path(variant)][1]
+            results.append(total.result(target.name, variant, corrected))
     return results
 
 
@@ -117,12 +133,12 @@ class _Sum:
     correct: int = 0
     tokens: int = 0
 
-    def result(self, model: str, adapter: str | None) -> Evaluation:
+    def result(self, model: str, adapter: str | None, corrected: bool) -> Evaluation:
         if not self.tokens:
             raise InputError("the data hold no token to predict; samples need at least two tokens")
         if not math.isfinite(self.loss):
             raise NumericalError(f"{model}: the loss is not finite; try --dtype float32")
-        return Evaluation(model, adapter, self.loss / self.tokens, self.correct / self.tokens, self.tokens)
+        return Evaluation(model, adapter, corrected, self.loss / self.tokens, self.correct / self.tokens, self.tokens)
 
 
 def _open_base_model(base: str, revision: str | None, dtype: str, trust_remote_code: bool) -> _Target:
@@ -155,14 +171,28 @@ def _require_causal(architecture: str) -> None:
 
 def _load_adapter(path: Path) -> tuple[dict[str, LoraPair], bool]:
     require_folder(path, "a PEFT adapter")
-    adapter = Adapter(path)
-    if adapter.other_tensors:
-        raise UnsupportedError(
-            f"{path} holds {adapter.other_tensors[0]} beside LoRA pairs, which evaluate cannot apply"
-        )
-    pairs = {module: LoraPair(*adapter.pair(module), keys.scaling) for module, keys in adapter.loras.items()}
-    adapter.close()
-    return pairs, adapter.corrected
+    with contextlib.closing(Adapter(path)) as adapter:
+        require_plain_lora(adapter)
+        if adapter.other_tensors:
+            raise UnsupportedError(
+                f"{path} holds {adapter.other_tensors[0]} beside LoRA pairs, which evaluate cannot apply"
+            )
+        pairs = {module: LoraPair(*adapter.pair(module), keys.scaling) for module, keys in adapter.loras.items()}
+        return pairs, adapter.corrected
+
+
+def _require_shapes(target: _Target, path: str, pairs: Mapping[str, LoraPair]) -> None:
+    modules = dict(target.model.named_modules())
+    for name, pair in pairs.items():
+        module = match_module(name, [other for other, candidate in modules.items() if hasattr(candidate, "weight")])
+        if module is None:
+            raise MismatchError(f"{path} adapts {name}, which the {target.name} does not have")
+        layer = describe(module, modules[module])
+        if (pair.B.shape[0], pair.A.shape[1]) != (layer.out_features, layer.in_features):
+            raise MismatchError(
+                f"{path} holds a pair for {name} of {pair.B.shape[0]} x {pair.A.shape[1]}, the layer of the "
+                f"{target.name} is {layer.out_features} x {layer.in_features}; it was trained on another model"
+            )
 
 
 def _run(
@@ -185,7 +215,8 @@ def _run(
         nonlocal done
         done += 1
         total = len(stream.units) * len(waves)
-        progress(Step("evaluate", min(total * models, number * total + done), total * models, target.name))
+        # A unit that the model uses several times is done several times.
+        progress(Step("evaluate", number * total + min(done, total), total * models, target.name))
 
     stream.on_unit_done = report
     for wave in waves:
@@ -219,9 +250,13 @@ def _waves(work: Sequence[tuple[Batch, int]]) -> list[list[tuple[Batch, int]]]:
     return waves
 
 
-def _forward(model: nn.Module, batch: Batch, device: torch.device) -> object:
+def _forward(model: nn.Module, batch: Batch, device: torch.device) -> Callable[[], torch.Tensor]:
     inputs = {name: tensor.to(device) for name, tensor in batch.inputs.items() if name != "labels"}
-    return lambda: model(**inputs, use_cache=False).logits
+
+    def call() -> torch.Tensor:
+        return model(**inputs, use_cache=False).logits  # type: ignore[no-any-return]
+
+    return call
 
 
 def _add(total: _Sum, batch: Batch, logits: torch.Tensor) -> None:
@@ -229,7 +264,7 @@ def _add(total: _Sum, batch: Batch, logits: torch.Tensor) -> None:
     ids, targets = _targets(batch)
     wanted = targets[:, 1:].to(logits.device)
     rows, labels = logits[:, :-1][wanted], ids[:, 1:].to(logits.device)[wanted]
-    for part, label in zip(rows.split(ROWS_PER_SOFTMAX), labels.split(ROWS_PER_SOFTMAX), strict=True):
+    for part, label in zip(torch.split(rows, ROWS_PER_SOFTMAX), torch.split(labels, ROWS_PER_SOFTMAX), strict=True):
         part = part.float()
         total.loss += float(F.cross_entropy(part, label, reduction="sum"))
         total.correct += int((part.argmax(-1) == label).sum())

@@ -13,12 +13,15 @@ from emloc_tools.files.calibration import MANIFEST as CALIBRATION
 from emloc_tools.files.calibration import Calibration
 from emloc_tools.files.emulator import MANIFEST as EMULATOR
 from emloc_tools.files.emulator import Emulator
-from emloc_tools.files.manifest import BaseRecord, DataRecord
+from emloc_tools.files.manifest import BaseRecord
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """A folder's kind (`calibration`, `emulator`, `adapter`), its facts, and a row of values per layer."""
+    """A folder's kind (`calibration`, `emulator`, `adapter`), its facts, and a row of values per layer.
+
+    `correction` in the row of a corrected LoRA pair is ‖D‖ / ‖s B'‖, the size of the correction relative to the update.
+    """
 
     kind: str
     path: Path
@@ -27,7 +30,9 @@ class Inspection:
 
 
 def inspect(path: Path) -> Inspection:
-    """Describe a calibration, an emulator or an adapter. The folder's structure is checked, its values are not read.
+    """Describe a calibration, an emulator or an adapter, whose structure is checked as on every use.
+
+    Values are read of a corrected adapter only, to see that they are those that `correct` wrote.
 
     Raises `InputError` for anything else, `FormatError` for a folder that breaks its format.
     """
@@ -49,12 +54,12 @@ def _calibration(path: Path) -> Inspection:
     manifest = calibration.manifest
     facts = {
         **_base(manifest.base),
-        "data": [_data(record) for record in manifest.data],
+        "data": [record.model_dump() for record in manifest.data],
         "layers": len(manifest.layers),
         "grams": len(manifest.grams),
-        "gram bytes": sum(record.features * (record.features + 1) * 2 for record in manifest.grams),
-        "unreached layers": len(manifest.unreached),
-        "made by": manifest.made_by.command,
+        "gram_bytes": sum(record.features * (record.features + 1) * 2 for record in manifest.grams),
+        "unreached_layers": len(manifest.unreached),
+        "made_by": manifest.made_by.command,
     }
     rows = [
         {
@@ -77,13 +82,12 @@ def _emulator(path: Path) -> Inspection:
     facts = {
         **_base(manifest.base),
         "parameters": manifest.parameters,
-        "parameters of the base": manifest.base_parameters,
+        "base_parameters": manifest.base_parameters,
         "allocation": manifest.allocation,
-        "calibration": [_data(record) for record in calibrated.data]
-        if calibrated
-        else "none: plain SVD of the weights",
-        "factored layers": len(manifest.layers),
-        "made by": manifest.made_by.command,
+        "calibration": calibrated and calibrated.hash,
+        "data": [record.model_dump() for record in calibrated.data] if calibrated else [],
+        "factored_layers": len(manifest.layers),
+        "made_by": manifest.made_by.command,
     }
     rows = [
         {
@@ -91,7 +95,7 @@ def _emulator(path: Path) -> Inspection:
             "out": layer.out_features,
             "in": layer.in_features,
             "rank": layer.rank,
-            "relative error": layer.relative_error,
+            "relative_error": layer.relative_error,
         }
         for name, layer in manifest.layers.items()
     ]
@@ -105,18 +109,18 @@ def _adapter(path: Path) -> Inspection:
     facts: dict[str, Any] = {
         "corrected": adapter.corrected,
         "base": adapter.config.get("base_model_name_or_path"),
-        "LoRA pairs": len(adapter.loras),
-        "other tensors": len(adapter.other_tensors),
+        "lora_pairs": len(adapter.loras),
+        "other_tensors": len(adapter.other_tensors),
     }
     if manifest is not None:
-        facts |= {**_base(manifest.base), "clamp": manifest.clamp, "made by": manifest.made_by.command}
+        facts |= {**_base(manifest.base), "clamp": manifest.clamp, "made_by": manifest.made_by.command}
     rows = []
     for name, keys in adapter.loras.items():
         row: dict[str, Any] = {"layer": name, "rank": keys.rank, "scaling": keys.scaling}
         if manifest is not None and name in manifest.layers:
             record = manifest.layers[name]
             size = record.delta_norm / record.update_norm if record.update_norm else 0.0
-            row |= {"correction / update": size, "clamped": record.clamped}
+            row |= {"correction": size, "clamped": record.clamped}
         rows.append(row)
     return Inspection("adapter", path, facts, rows)
 
@@ -124,7 +128,3 @@ def _adapter(path: Path) -> Inspection:
 def _base(record: BaseRecord) -> dict[str, Any]:
     revision = {"revision": record.revision} if record.revision else {}
     return {"base": record.id, **revision, "architecture": record.architecture}
-
-
-def _data(record: DataRecord) -> str:
-    return f"{record.file}: {record.samples} samples, {record.tokens} tokens"

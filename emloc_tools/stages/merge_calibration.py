@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from emloc_tools.files.folders import check_output, new_folder, require_folder
 from emloc_tools.files.manifest import CalibratedLayer, made_by
 from emloc_tools.files.tensors import MAX_SHARD_SIZE
 from emloc_tools.records import Progress, Step, silent
+from emloc_tools.stages.refusals import require_apart
 
 
 @dataclass(frozen=True)
@@ -40,27 +43,31 @@ def merge_calibration(
     """Write the sum of two or more calibrations, one Gram in memory at a time.
 
     A layer that only some parts reached keeps what those have. Raises `MismatchError` if the parts come from
-    different weights, `UnsupportedError` if a layer has input-side statistics in one part and output-side in another.
+    different weights or two of them from the same samples, `UnsupportedError` if a layer has input-side statistics in
+    one part and output-side in another.
     """
     check_output(output, overwrite=overwrite)
     if len(parts) < 2:
         raise InputError("give at least two calibrations to merge")
-    for part in parts:
-        require_folder(part, "a calibration")
-    opened = [Calibration(part) for part in parts]
-    layers = _common_layers(opened)
-    entries = _entries(opened, layers)
+    for path in parts:
+        require_folder(path, "a calibration")
+    require_apart(output, parts)
+    with contextlib.ExitStack() as stack:
+        opened = [stack.enter_context(contextlib.closing(Calibration(path))) for path in parts]
+        _refuse_same_samples(opened)
+        layers = _common_layers(opened)
+        entries = _entries(opened, layers)
+        done = itertools.count(1)
 
-    def add_up(entry: GramEntry) -> torch.Tensor:
-        total = torch.zeros(entry.features, entry.features)
-        for part in opened:
-            if entry.layers[0] in part.manifest.layers:
-                total += part.gram(entry.layers[0]).matrix
-        progress(Step("merge", entries.index(entry) + 1, len(entries), entry.layers[0]))
-        return pack_lower(total)
+        def add_up(entry: GramEntry) -> torch.Tensor:
+            total = torch.zeros(entry.features, entry.features)
+            for part in opened:
+                if entry.layers[0] in part.manifest.layers:
+                    total += part.gram(entry.layers[0]).matrix
+            progress(Step("merge", next(done), len(entries), entry.layers[0]))
+            return pack_lower(total)
 
-    first = opened[0].manifest
-    with new_folder(output, overwrite=overwrite) as folder:
+        folder = stack.enter_context(new_folder(output, overwrite=overwrite))
         manifest = write_calibration(
             folder,
             entries,
@@ -68,14 +75,12 @@ def merge_calibration(
             max_shard_size=max_shard_size,
             fields={
                 "made_by": made_by(command),
-                "base": first.base,
+                "base": opened[0].manifest.base,
                 "data": [record for part in opened for record in part.manifest.data],
                 "layers": layers,
-                "unreached": [name for name in first.unreached if name not in layers],
+                "unreached": _unreached(opened, layers),
             },
         )
-    for part in opened:
-        part.close()
     return MergeResult(
         output=output,
         parts=len(parts),
@@ -84,6 +89,19 @@ def merge_calibration(
         layers=len(layers),
         grams=len(entries),
     )
+
+
+def _refuse_same_samples(parts: Sequence[Calibration]) -> None:
+    """The same file and seed choose the same samples, which would then count twice."""
+    seen: dict[tuple[str, int], Path] = {}
+    for part in parts:
+        for record in part.manifest.data:
+            other = seen.setdefault((record.hash, record.seed), part.folder)
+            if other is not part.folder:
+                raise MismatchError(
+                    f"{part.folder} and {other} were both made from samples of {record.file} that --seed {record.seed} "
+                    "chose; merge calibrations of different data, or calibrate with another --seed"
+                )
 
 
 def _common_layers(parts: Sequence[Calibration]) -> dict[str, CalibratedLayer]:
@@ -98,7 +116,12 @@ def _common_layers(parts: Sequence[Calibration]) -> dict[str, CalibratedLayer]:
     return layers
 
 
-def _entries(parts: Sequence[Calibration], layers: dict[str, CalibratedLayer]) -> list[GramEntry]:
+def _unreached(parts: Sequence[Calibration], layers: Mapping[str, CalibratedLayer]) -> list[str]:
+    """Layers that no part's data reached."""
+    return [name for name in dict.fromkeys(n for part in parts for n in part.manifest.unreached) if name not in layers]
+
+
+def _entries(parts: Sequence[Calibration], layers: Mapping[str, CalibratedLayer]) -> list[GramEntry]:
     """One Gram per set of layers that share theirs in every part."""
     groups: dict[tuple[str | None, ...], list[str]] = {}
     for name in layers:

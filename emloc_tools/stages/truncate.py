@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,14 +13,17 @@ from emloc_tools.files.emulator import FACTORS, Emulator
 from emloc_tools.files.emulator_writer import EmulatorWriter, WrittenEmulator
 from emloc_tools.files.folders import check_output, new_folder, require_folder
 from emloc_tools.files.manifest import FactoredLayer, made_by
-from emloc_tools.files.tensors import MAX_SHARD_SIZE, read_json
-from emloc_tools.linalg.allocate import adaptive_ranks, uniform_ranks
+from emloc_tools.files.tensors import MAX_SHARD_SIZE, TensorSpec, read_json
+from emloc_tools.linalg.allocate import adaptive_ranks, largest_useful_rank, uniform_ranks
 from emloc_tools.linalg.lowrank import truncate as truncate_factors
 from emloc_tools.models.companions import copy_companions
 from emloc_tools.models.modeling import FILE
 from emloc_tools.models.source import Source
 from emloc_tools.records import Layer, Progress, Step, silent
 from emloc_tools.stages.budget import budget_ratio
+from emloc_tools.stages.refusals import require_apart
+
+INHERITED = ("base", "calibration", "allocation", "eigen_dtype", "base_parameters", "ignored_tensors")
 
 
 def truncate(
@@ -43,61 +47,61 @@ def truncate(
     """
     check_output(output, overwrite=overwrite)
     require_folder(emulator, "an emulator")
-    larger = Emulator(emulator)
-    layers = [_layer(name, record) for name, record in larger.layers.items()]
-    replaced = {f"{layer.name}.{part}" for layer in layers for part in (*FACTORS, "weight")}
-    dense = [larger.tensors.spec(name) for name in larger.tensors.names() if name not in replaced]
-    dtype = larger.tensors.spec(f"{layers[0].name}.U").dtype
-    ratio = budget_ratio(dense, layers, dtype, ratio=ratio, params=params, size=size)
-    ranks = _ranks(larger, layers, ratio)
-    if all(ranks[layer.name] == larger.layers[layer.name].rank for layer in layers):
-        raise InputError(f"the emulator in {emulator} is not larger than that; nothing would be truncated")
-    with new_folder(output, overwrite=overwrite) as folder:
-        writer = EmulatorWriter(
-            folder,
-            dense=dense,
-            factored={layer.name: (layer.out_features, layer.in_features, ranks[layer.name]) for layer in layers},
-            dtype=dtype,
-            max_shard_size=max_shard_size,
-        )
-        try:
-            for spec in dense:
-                writer.write_dense(spec.name, larger.read(spec.name))
-            records = {}
-            for number, layer in enumerate(layers, 1):
-                U, S, Vh = larger.factors(layer.name)
-                writer.write_factors(layer.name, *truncate_factors(U, S, Vh, ranks[layer.name]))
-                records[layer.name] = _record(larger.layers[layer.name], S, ranks[layer.name])
-                error = records[layer.name].relative_error
-                detail = f"{layer.name}: rank {ranks[layer.name]}, relative error {error:.4f}"
-                progress(Step("truncate", number, len(layers), detail))
-            copy_companions(Source(str(emulator), None, emulator), folder)
-            config = read_json(emulator / "config.json", "E7")
-            manifest = writer.finish(
-                base_config=config,
-                class_name=config["architectures"][0],
-                auto_map=config["auto_map"],
-                modeling_file=FILE,
-                modeling=(emulator / f"{FILE}.py").read_text(encoding="utf-8"),
-                fields={
-                    **{
-                        key: getattr(larger.manifest, key)
-                        for key in (
-                            "base",
-                            "calibration",
-                            "allocation",
-                            "eigen_dtype",
-                            "base_parameters",
-                            "ignored_tensors",
-                        )
-                    },
-                    "made_by": made_by(command),
-                    "layers": records,
-                },
+    require_apart(output, [emulator])
+    with contextlib.ExitStack() as stack:
+        larger = stack.enter_context(contextlib.closing(Emulator(emulator)))
+        layers = [_layer(name, record) for name, record in larger.layers.items()]
+        replaced = {f"{layer.name}.{part}" for layer in layers for part in (*FACTORS, "weight")}
+        dense = [larger.tensors.spec(name) for name in larger.tensors.names() if name not in replaced]
+        dtype = larger.tensors.spec(f"{layers[0].name}.U").dtype
+        weights = {
+            layer.name: (layer, TensorSpec(f"{layer.name}.weight", dtype, (layer.out_features, layer.in_features)))
+            for layer in layers
+        }
+        ranks = _ranks(larger, layers, budget_ratio(dense, weights, dtype, ratio=ratio, params=params, size=size))
+        if all(ranks[layer.name] == larger.layers[layer.name].rank for layer in layers):
+            raise InputError(
+                f"the emulator in {emulator} is not larger than that: no layer would lose a direction; choose less, or "
+                "build a larger emulator from the base"
             )
-        finally:
-            writer.close()
-            larger.close()
+        folder = stack.enter_context(new_folder(output, overwrite=overwrite))
+        writer = stack.enter_context(
+            contextlib.closing(
+                EmulatorWriter(
+                    folder,
+                    dense=dense,
+                    factored={
+                        layer.name: (layer.out_features, layer.in_features, ranks[layer.name]) for layer in layers
+                    },
+                    dtype=dtype,
+                    max_shard_size=max_shard_size,
+                )
+            )
+        )
+        for spec in dense:
+            writer.write_dense(spec.name, larger.read(spec.name))
+        records = {}
+        for number, layer in enumerate(layers, 1):
+            U, S, Vh = larger.factors(layer.name)
+            writer.write_factors(layer.name, *truncate_factors(U, S, Vh, ranks[layer.name]))
+            records[layer.name] = _record(larger.layers[layer.name], S, ranks[layer.name])
+            error = records[layer.name].relative_error
+            detail = f"{layer.name}: rank {ranks[layer.name]}, relative error {error:.3f}"
+            progress(Step("truncate", number, len(layers), detail))
+        copy_companions(Source(str(emulator), None, emulator), folder)
+        config = read_json(emulator / "config.json", "E7")
+        manifest = writer.finish(
+            base_config=config,
+            class_name=config["architectures"][0],
+            auto_map=config["auto_map"],
+            modeling_file=FILE,
+            modeling=(emulator / f"{FILE}.py").read_text(encoding="utf-8"),
+            fields={
+                **{key: getattr(larger.manifest, key) for key in INHERITED},
+                "made_by": made_by(command),
+                "layers": records,
+            },
+        )
     return WrittenEmulator(output, manifest, writer.tensors.total_size)
 
 
@@ -106,14 +110,14 @@ def _layer(name: str, record: FactoredLayer) -> Layer:
 
 
 def _ranks(larger: Emulator, layers: list[Layer], ratio: float) -> Mapping[str, int]:
-    """Ranks at a uniform ratio, never above those there are."""
+    """Ranks at a uniform ratio, never above those there are; a layer that a build would keep dense stays factored."""
     if larger.manifest.allocation == "adaptive":
         shares = {layer.name: _shares(larger, layer.name) for layer in layers}
         wanted = adaptive_ranks(layers, shares, ratio)
     else:
         wanted = uniform_ranks(layers, ratio)
-    own = {layer.name: larger.layers[layer.name].rank for layer in layers}
-    return {name: min(rank, wanted.get(name, rank)) for name, rank in own.items()}
+    useful = {layer.name: max(1, largest_useful_rank(layer)) for layer in layers}
+    return {name: min(record.rank, wanted.get(name, useful[name])) for name, record in larger.layers.items()}
 
 
 def _shares(larger: Emulator, name: str) -> torch.Tensor:

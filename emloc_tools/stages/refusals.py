@@ -1,0 +1,51 @@
+"""What several stages refuse before they start: outputs on top of inputs, shared weights, adapters beyond LoRA."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from emloc_tools.errors import InputError, UnsupportedError
+from emloc_tools.files.adapter import Adapter
+from emloc_tools.models.base import weight_name
+from emloc_tools.records import Layer
+
+KINDS = {
+    "use_dora": "DoRA's magnitudes belong to the weights that it was trained on",
+    "lora_bias": "a LoRA bias cannot be merged into layers without bias",
+    "use_qalora": "QA-LoRA pools its inputs",
+    "alora_invocation_tokens": "an activated LoRA acts on some tokens only",
+    "layer_replication": "replicated layers have no counterpart in the base",
+}
+
+
+def require_apart(output: Path, inputs: Iterable[Path]) -> None:
+    """Refuse an output that is or holds one of the inputs: to replace it would delete what was read."""
+    target = output.resolve()
+    for path in inputs:
+        if target in (path.resolve(), *path.resolve().parents) and path.exists():
+            raise InputError(f"--output {output} would replace the input {path}; choose another --output")
+
+
+def require_own_weights(layers: Iterable[Layer], source_of: Mapping[str, str]) -> None:
+    """Refuse layers whose weight belongs to another module, too: it cannot be replaced for one of them alone."""
+    users = Counter(source_of.values())
+    for layer in layers:
+        if users[source_of[weight_name(layer)]] > 1:
+            raise UnsupportedError(
+                f"{layer.name} shares its weight with another module, such as an embedding, and cannot become factors "
+                "alone; leave it out with --exclude"
+            )
+
+
+def require_plain_lora(adapter: Adapter) -> None:
+    """Refuse kinds of adapters whose effect on a layer is not `s B A x` alone."""
+    for key, reason in KINDS.items():
+        if adapter.config.get(key):
+            raise UnsupportedError(f"{adapter.folder} was trained with {key}: {reason}; use plain LoRA or rsLoRA")
+    bias = adapter.config.get("bias", "none")
+    if bias != "none":
+        raise UnsupportedError(
+            f'{adapter.folder} was trained with bias="{bias}", which changes the biases of the base; use bias="none"'
+        )

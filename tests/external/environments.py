@@ -1,0 +1,113 @@
+"""Two environments such as trainers have: transformers and PEFT, but nothing of emloc-tools and what it depends on.
+
+    python -m tests.external.environments
+
+creates `.venv-trainer-old` and `.venv-trainer-new` in the repository's root, or makes them anew when something that
+they were made from changed. Each is a virtual environment with the releases of `constraints-<name>.txt` in it. torch,
+which may take gigabytes, is not installed again: it and its own dependencies are links to the running environment.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import shutil
+import subprocess
+import sys
+import venv
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from packaging.requirements import Requirement
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+NAMES = ("old", "new")
+REMEDY = "run `python -m tests.external.environments`"
+
+
+@dataclass(frozen=True)
+class Environment:
+    """One of the environments, whether it exists or not."""
+
+    name: str
+
+    @property
+    def folder(self) -> Path:
+        """Where it is."""
+        return ROOT / f".venv-trainer-{self.name}"
+
+    @property
+    def python(self) -> Path:
+        """Its interpreter."""
+        return self.folder / "bin" / "python"
+
+    @property
+    def constraints(self) -> Path:
+        """The releases in it, every one of them pinned."""
+        return HERE / f"constraints-{self.name}.txt"
+
+    @property
+    def stamp(self) -> Path:
+        """Written last: what the environment was made from."""
+        return self.folder / "made-from.json"
+
+    def made_from(self) -> dict[str, Any]:
+        """All that decides what is in it."""
+        torch = importlib.metadata.distribution("torch")
+        return {
+            "constraints": self.constraints.read_text(encoding="utf-8"),
+            "python": f"{sys.base_prefix} {platform.python_version()}",
+            "torch": f"{torch.locate_file('')} {torch.version}",
+        }
+
+    def is_current(self) -> bool:
+        """Whether it was made to the end, from what is there now."""
+        return self.stamp.is_file() and json.loads(self.stamp.read_text(encoding="utf-8")) == self.made_from()
+
+    def create(self) -> None:
+        """Make it, in place of what is there. An interrupted run leaves no stamp, so the next one starts anew."""
+        shutil.rmtree(self.folder, ignore_errors=True)  # removes links, not what they lead to
+        venv.create(self.folder, symlinks=True)
+        (packages,) = self.folder.glob("lib/python*/site-packages")
+        for distribution in with_dependencies("torch"):
+            link(distribution, packages)
+        pip = [sys.executable, "-m", "pip", "--python", str(self.python), "--disable-pip-version-check"]
+        subprocess.run([*pip, "install", "--quiet", "--no-deps", "-r", str(self.constraints)], check=True)
+        subprocess.run([*pip, "check"], check=True, stdout=subprocess.DEVNULL)
+        self.stamp.write_text(json.dumps(self.made_from(), indent=2) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    """Make the environments that are missing or stale."""
+    for environment in map(Environment, NAMES):
+        if not environment.is_current():
+            print(f"making {environment.folder.name}", flush=True)
+            environment.create()
+
+
+def with_dependencies(name: str) -> list[importlib.metadata.Distribution]:
+    """An installed distribution and everything that it needs on this platform."""
+    found: dict[str, importlib.metadata.Distribution] = {}
+    pending, seen = {(name, "")}, set()
+    while pending:
+        seen.add(pair := pending.pop())
+        name, extra = pair
+        found[name] = importlib.metadata.distribution(name)
+        for requirement in map(Requirement, found[name].requires or ()):
+            if requirement.marker is None or requirement.marker.evaluate({"extra": extra}):
+                pending |= {(requirement.name, extra) for extra in ("", *requirement.extras)} - seen
+    return list(found.values())
+
+
+def link(distribution: importlib.metadata.Distribution, packages: Path) -> None:
+    """Link a distribution's modules and metadata into a folder of packages; two of them may share a namespace."""
+    for name in sorted({file.parts[0] for file in distribution.files or ()} - {"..", "__pycache__"}):
+        if not (packages / name).is_symlink():
+            (packages / name).symlink_to(Path(str(distribution.locate_file(name))))
+
+
+if __name__ == "__main__":
+    main()

@@ -12,7 +12,7 @@ from torch import nn
 from emloc_tools.errors import InputError
 from emloc_tools.files.tensors import TensorFolder
 from emloc_tools.models.skeleton import build_skeleton, compute_dtype, load_config, model_class
-from emloc_tools.models.source import Source, open_source
+from emloc_tools.models.source import Source, first_line, open_source, open_tensors
 from emloc_tools.models.weights import ModelWeights
 from emloc_tools.records import Layer
 
@@ -35,12 +35,15 @@ class BaseModel:
 def open_base(
     base: str, *, revision: str | None = None, dtype: str = "auto", trust_remote_code: bool = False
 ) -> BaseModel:
-    """Open a local folder or a Hub id; see `source.open_source`. The skeleton computes in `dtype`."""
+    """Open a local folder or a Hub id; see `source.open_source`. The skeleton computes in `dtype`.
+
+    What can be refused is refused before any weight is fetched.
+    """
     source = open_source(base, revision=revision, trust_remote_code=trust_remote_code)
     config = load_config(source, trust_remote_code=trust_remote_code)
     cls = model_class(config, source, trust_remote_code=trust_remote_code)
     model = build_skeleton(cls, config, dtype=compute_dtype(config, dtype))
-    return BaseModel(source, config, cls.__name__, model, TensorFolder.of_model(source.locate))
+    return BaseModel(source, config, cls.__name__, model, open_tensors(source))
 
 
 def weight_name(layer: Layer) -> str:
@@ -60,6 +63,5 @@ def choose_device(device: str) -> str:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise InputError(f"--device {device} cannot be used here: {first}") from error
+        raise InputError(f"--device {device} cannot be used here: {first_line(error)}") from error
     return device

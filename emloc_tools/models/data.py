@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from emloc_tools.errors import FormatError, InputError
 from emloc_tools.files.tensors import TensorFile
-from emloc_tools.models.source import Source
+from emloc_tools.models.limits import Limits, limits_of
+from emloc_tools.models.skeleton import load_config
+from emloc_tools.models.source import Source, first_line
 
 
 @dataclass(frozen=True)
@@ -51,17 +54,22 @@ def load_batches(
     """The data of `path` as batches: `samples` of its entries, chosen by `seed` if there are more, in file order.
 
     A `.safetensors` file holds ready inputs named `<n>/<argument>`, one batch for each n. Anything else is JSONL;
-    texts are cut at `max_length` tokens. Raises `InputError` naming the line at fault.
+    texts are cut at `max_length` tokens, and at the positions that the model has if those are fewer. Raises
+    `InputError` naming the line or tensor at fault, also where token ids or ready inputs do not fit the model.
     """
     if not path.is_file():
         raise InputError(f"{path} does not exist; expected JSONL or a .safetensors file of model inputs")
+    limits = limits_of(load_config(source, trust_remote_code=trust_remote_code))
     if path.suffix == ".safetensors":
-        return _ready_inputs(path, samples, seed)
+        return _ready_inputs(path, samples, seed, limits)
     lines = _choose(list(_line_starts(path)), samples, seed)
     if not lines:
         raise InputError(f"{path} holds no sample; expected one JSON object per line")
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
-    encoded = [_encode(path, number, record, tokenizer, max_length) for number, record in _records(path, lines)]
+    longest = min((limit for limit in (max_length, limits.of_texts(tokenizer)) if limit is not None), default=None)
+    encoded = [_encode(path, number, record, tokenizer, longest) for number, record in _records(path, lines)]
+    for (number, _), sample in zip(lines, encoded, strict=True):
+        limits.check_ids(f"{path}:{number}", min(sample.ids), max(sample.ids))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     groups = (encoded[start : start + batch_size] for start in range(0, len(encoded), batch_size))
     return [_collate(group, pad) for group in groups]
@@ -73,8 +81,8 @@ def count_tokens(batches: Sequence[Batch]) -> int:
 
 
 def count_samples(batches: Sequence[Batch]) -> int:
-    """Samples in all batches: the first dimension of their inputs."""
-    return sum(max((t.shape[0] for t in batch.inputs.values() if t.dim()), default=1) for batch in batches)
+    """Samples in all batches: rows of token ids; for inputs without them, the longest first dimension."""
+    return sum(_samples(batch.inputs) for batch in batches)
 
 
 def load_tokenizer(source: Source, *, trust_remote_code: bool = False) -> Any:
@@ -84,15 +92,21 @@ def load_tokenizer(source: Source, *, trust_remote_code: bool = False) -> Any:
     try:
         return AutoTokenizer.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise InputError(f"{source.id}: no usable tokenizer for text data: {first}") from error
+        raise InputError(f"{source.id}: no usable tokenizer for text data: {first_line(error)}") from error
+
+
+def _samples(inputs: Mapping[str, torch.Tensor]) -> int:
+    ids = inputs.get("input_ids")
+    if ids is not None:
+        return ids.shape[0]
+    return max((tensor.shape[0] for tensor in inputs.values() if tensor.dim()), default=1)
 
 
 def _tokens(batch: Batch) -> int:
     if batch.mask is not None:
         return int(batch.mask.sum())
     ids = batch.inputs.get("input_ids")
-    return ids.numel() if ids is not None else count_samples([batch])
+    return ids.numel() if ids is not None else _samples(batch.inputs)
 
 
 def _line_starts(path: Path) -> Iterator[tuple[int, int]]:
@@ -127,14 +141,14 @@ def _records(path: Path, lines: Sequence[tuple[int, int]]) -> Iterator[tuple[int
 def _encode(path: Path, number: int, record: dict[str, Any], tokenizer: Any, max_length: int | None) -> Sample:
     try:
         prompt, whole, special = _texts(record, tokenizer)
+        ids = tokenizer(whole, add_special_tokens=special)["input_ids"]
+        start = _common_prefix(tokenizer(prompt, add_special_tokens=special)["input_ids"], ids) if prompt else 0
     except (ValueError, TypeError, KeyError) as error:
-        raise InputError(f"{path}:{number}: {str(error).strip().splitlines()[0]}") from error
+        raise InputError(f"{path}:{number}: {first_line(error)}") from error
     except Exception as error:
         if type(error).__module__.startswith("jinja2"):
             raise InputError(f"{path}:{number}: the chat template refuses the messages: {error}") from error
         raise
-    ids = tokenizer(whole, add_special_tokens=special)["input_ids"]
-    start = _common_prefix(tokenizer(prompt, add_special_tokens=special)["input_ids"], ids) if prompt else 0
     if max_length is not None:
         ids = ids[:max_length]
     if not ids:
@@ -159,15 +173,17 @@ def _texts(record: dict[str, Any], tokenizer: Any) -> tuple[str, str, bool]:
 def _text(record: dict[str, Any], key: str) -> str:
     if not isinstance(record[key], str):
         raise TypeError(f"`{key}` is {type(record[key]).__name__}, expected a string")
-    return record[key]
+    return cast(str, record[key])
 
 
 def _chat(messages: Any, tokenizer: Any, ask: bool) -> str:
     if not isinstance(messages, list) or not messages:
         raise ValueError("`messages` must be a list of at least one message")
+    if not all(isinstance(message, dict) and isinstance(message.get("role"), str) for message in messages):
+        raise ValueError("every message must be an object with a `role`; templates skip others without an error")
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError("the base's tokenizer has no chat template, which `messages` need; use `text` instead")
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)  # type: ignore[no-any-return]
+    return cast(str, tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask))
 
 
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
@@ -189,26 +205,42 @@ def _collate(samples: Sequence[Sample], pad: int) -> Batch:
     return Batch({"input_ids": ids, "attention_mask": mask.long()}, mask, targets)
 
 
-def _ready_inputs(path: Path, samples: int | None, seed: int) -> list[Batch]:
+def _ready_inputs(path: Path, samples: int | None, seed: int, limits: Limits) -> list[Batch]:
     try:
         file = TensorFile(path)
     except FormatError as error:
         raise InputError(f"{error}; expected model inputs named <n>/<argument>") from error
-    numbers: dict[int, dict[str, str]] = {}
-    for name in file.specs():
-        match = re.fullmatch(r"(\d+)/(\w+)", name)
-        if match is None:
-            raise InputError(f"{path}: the tensor {name!r} is not named <n>/<argument>, such as 0/input_ids")
-        numbers.setdefault(int(match[1]), {})[match[2]] = name
-    if not numbers:
-        raise InputError(f"{path} holds no tensor; expected model inputs named <n>/<argument>")
-    chosen = _choose(sorted(numbers), samples, seed)
-    batches = [{argument: file.read(name) for argument, name in numbers[number].items()} for number in chosen]
-    file.close()
-    return [Batch(inputs, _padding_mask(inputs), None) for inputs in batches]
+    with closing(file):
+        numbers: dict[int, dict[str, str]] = {}
+        for name in file.specs():
+            match = re.fullmatch(r"(0|[1-9]\d*)/(\w+)", name)
+            if match is None:
+                raise InputError(f"{path}: the tensor {name!r} is not named <n>/<argument>, such as 0/input_ids")
+            numbers.setdefault(int(match[1]), {})[match[2]] = name
+        if not numbers:
+            raise InputError(f"{path} holds no tensor; expected model inputs named <n>/<argument>")
+        batches = []
+        for number in _choose(sorted(numbers), samples, seed):
+            inputs = {argument: file.read(name) for argument, name in numbers[number].items()}
+            _check_ids(f"{path}: {number}/input_ids", inputs, limits)
+            batches.append(Batch(inputs, _padding_mask(inputs), None))
+    return batches
 
 
-def _padding_mask(inputs: dict[str, torch.Tensor]) -> torch.Tensor | None:
+def _check_ids(where: str, inputs: Mapping[str, torch.Tensor], limits: Limits) -> None:
+    ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+    if ids is None:
+        return
+    if ids.dim() != 2 or ids.dtype not in (torch.int64, torch.int32) or not ids.numel():
+        raise InputError(f"{where}: {ids.dtype} {list(ids.shape)} found, expected integers of shape (batch, length)")
+    if limits.positions is not None and ids.shape[1] > limits.positions:
+        raise InputError(f"{where}: {ids.shape[1]} tokens long, but the model has {limits.positions} positions")
+    if mask is not None and mask.dim() == 2 and mask.shape != ids.shape:
+        raise InputError(f"{where}: {list(ids.shape)} tokens, but the attention_mask has shape {list(mask.shape)}")
+    limits.check_ids(where, int(ids.min()), int(ids.max()))
+
+
+def _padding_mask(inputs: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
     mask = inputs.get("attention_mask")
     if mask is None or mask.dim() != 2 or bool(mask.all()):
         return None

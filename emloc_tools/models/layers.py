@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -27,7 +28,7 @@ def select_layers(model: nn.Module, *, targets: str | None = None, exclude: str 
         chosen = [
             name
             for name, module in linears.items()
-            if _in_block(model, name) and name.rpartition(".")[2] not in ROUTERS and id(module.weight) not in tied
+            if _in_block(model, name) and ROUTERS.isdisjoint(name.split(".")) and id(module.weight) not in tied
         ]
         if not chosen:
             raise InputError(f"{type(model).__name__} has no linear layer inside repeated blocks; choose by --targets")
@@ -43,7 +44,8 @@ def select_layers(model: nn.Module, *, targets: str | None = None, exclude: str 
 
 def describe(name: str, module: nn.Module) -> Layer:
     """Shape and orientation of a Linear or Conv1D."""
-    rows, columns = module.weight.shape  # type: ignore[union-attr]
+    assert isinstance(module.weight, torch.Tensor)  # both kinds have one
+    rows, columns = module.weight.shape
     if isinstance(module, Conv1D):
         return Layer(name, columns, rows, "conv1d", module.bias is not None)
     return Layer(name, rows, columns, "linear", module.bias is not None)

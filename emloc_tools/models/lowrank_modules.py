@@ -5,11 +5,14 @@ and works with transformers 4.56 and later.
 """
 
 import re
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import transformers
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_map
 from transformers.pytorch_utils import Conv1D
 
 DERIVED = (
@@ -22,77 +25,97 @@ DERIVED = (
 class DerivedWeight(torch.Tensor):
     """What `weight` of a low-rank layer gives: shape, dtype and device at no cost, the product when something reads it.
 
-    Writing raises: a plain temporary tensor would swallow the write without a trace.
+    Writing raises, into its views too: a plain temporary tensor would swallow the write without a trace.
     """
 
+    _compute: Callable[[], torch.Tensor]
     _is_hf_initialized = True  # the initialisation of a parent module (GPT-2's c_proj) then leaves it alone
 
     @staticmethod
-    def __new__(cls, U, S, Vh, transposed):
-        shape = (Vh.shape[1], U.shape[0]) if transposed else (U.shape[0], Vh.shape[1])
-        weight = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=U.dtype, device=U.device, requires_grad=False)
-        weight._factors = (U.detach(), S.detach(), Vh.detach(), transposed)
+    def __new__(
+        cls,
+        compute: Callable[[], torch.Tensor],
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+        strides: tuple[int, ...] | None = None,
+    ) -> "DerivedWeight":
+        weight = torch.Tensor._make_wrapper_subclass(
+            cls, shape, strides=strides, dtype=dtype, device=device, requires_grad=False
+        )
+        weight._compute = compute
         return weight
 
-    def dense(self):
-        """The product U diag(S) Vh, transposed for a Conv1D."""
-        U, S, Vh, transposed = self._factors
-        W = (U * S) @ Vh
-        return W.t() if transposed else W
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.ops.aten.detach.default:
+            weight = args[0]
+            return cls(weight._compute, weight.shape, weight.dtype, weight.device, weight.stride())
+        for place, argument in enumerate(func._schema.arguments):
+            value = args[place] if place < len(args) else kwargs.get(argument.name)
+            values = value if isinstance(value, (list, tuple)) else [value]
+            is_write = argument.alias_info is not None and argument.alias_info.is_write
+            if is_write and any(isinstance(one, cls) for one in values):
+                raise RuntimeError(DERIVED)
+        args, kwargs = tree_map(lambda value: value._compute() if isinstance(value, cls) else value, (args, kwargs))
+        result = func(*args, **kwargs)
+        return tree_map(cls._of_view, result) if func.is_view else result
 
     @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        if func is torch.ops.aten.detach.default:
-            return DerivedWeight(*args[0]._factors)
-        if func._schema.is_mutable and isinstance(args[0], DerivedWeight):
-            raise RuntimeError(DERIVED)
-        args, kwargs = torch.utils._pytree.tree_map(
-            lambda value: value.dense() if isinstance(value, DerivedWeight) else value, (args, kwargs or {})
-        )
-        return func(*args, **kwargs)
+    def _of_view(cls, view: torch.Tensor) -> "DerivedWeight":
+        return cls(lambda: view, tuple(view.shape), view.dtype, view.device, view.stride())
 
     @property
-    def data(self):
+    def data(self) -> torch.Tensor:
         return self.detach()
 
     @data.setter
-    def data(self, value):
+    def data(self, value: torch.Tensor) -> None:
         raise RuntimeError(DERIVED)
 
-    def __repr__(self):
+    def __repr__(self) -> str:  # type: ignore[override]
         return f"DerivedWeight(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
 
 
-class LowRankLayer:
+class LowRankLayer(nn.Module):
     """`y = U (S * (Vh x)) + bias` with `U (out, k)`, `S (k,)`, `Vh (k, in)`: raw parameters, no child modules.
 
     PEFT's "all-linear" would adapt child Linears instead of this layer, under other keys than the base's.
     """
 
+    bias: Any  # a parameter `(out,)` or None
     _is_hf_initialized = True  # transformers 5 would otherwise initialise `weight`
 
-    def _setup(self, in_features, out_features, rank, bias, device, dtype):
-        nn.Module.__init__(self)
-        options = {"device": device, "dtype": dtype}
+    def _setup(
+        self, in_features: int, out_features: int, rank: int, bias: bool, device: Any, dtype: torch.dtype | None
+    ) -> None:
+        nn.Module.__init__(self)  # not the parent's, which would allocate the dense weight
+        options: dict[str, Any] = {"device": device, "dtype": dtype}
         self.in_features, self.out_features, self.rank = in_features, out_features, rank
         self.U = nn.Parameter(torch.empty(out_features, rank, **options), requires_grad=False)
         self.S = nn.Parameter(torch.empty(rank, **options), requires_grad=False)
         self.Vh = nn.Parameter(torch.empty(rank, in_features, **options), requires_grad=False)
         self.register_parameter("bias", nn.Parameter(torch.empty(out_features, **options)) if bias else None)
 
-    def __setattr__(self, name, value):
+    def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":
             raise RuntimeError(DERIVED)
         super().__setattr__(name, value)
 
-    def reset_parameters(self):
+    def _dense(self) -> torch.Tensor:
+        return (self.U.detach() * self.S.detach()) @ self.Vh.detach()
+
+    def reset_parameters(self) -> None:
         """Nothing to initialise: the factors come from the emulator's file."""
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         # Not U * S first: that would save one more activation for the backward pass.
         return F.linear(F.linear(x, self.Vh) * self.S, self.U, self.bias)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         bias = self.bias is not None
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, bias={bias}"
 
@@ -100,38 +123,66 @@ class LowRankLayer:
 class LowRankLinear(LowRankLayer, nn.Linear):
     """In place of nn.Linear."""
 
-    def __init__(self, in_features, out_features, rank, bias=True, device=None, dtype=None):
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         self._setup(in_features, out_features, rank, bias, device, dtype)
 
     @property
-    def weight(self):
-        return DerivedWeight(self.U, self.S, self.Vh, False)
+    def weight(self) -> DerivedWeight:  # type: ignore[override]
+        """The product `(out, in)`, computed when it is read."""
+        return DerivedWeight(self._dense, (self.out_features, self.in_features), self.U.dtype, self.U.device)
 
 
-class LowRankConv1D(LowRankLayer, Conv1D):
+class LowRankConv1D(LowRankLayer, Conv1D):  # type: ignore[misc]
     """In place of Conv1D, whose weight is `(in, out)`; U is still `(out, k)` and Vh `(k, in)`."""
 
-    def __init__(self, in_features, out_features, rank, bias=True, device=None, dtype=None):
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         self._setup(in_features, out_features, rank, bias, device, dtype)
         self.nf, self.nx = out_features, in_features
 
     @property
-    def weight(self):
-        return DerivedWeight(self.U, self.S, self.Vh, True)
+    def weight(self) -> DerivedWeight:
+        """The transposed product `(in, out)`, computed when it is read."""
+        shape = (self.in_features, self.out_features)
+        return DerivedWeight(lambda: self._dense().t().contiguous(), shape, self.U.dtype, self.U.device)
 
 
-def factor_layers(model, ranks):
-    """Replace, in place, every module that `ranks` names. A class without a head names them without its prefix."""
+def factor_layers(model: Any, ranks: dict[str, int]) -> Any:
+    """Replace, in place, every module that `ranks` names, and return the model.
+
+    A class without a head names modules without its prefix. Raises ValueError if a module under the prefix, or every
+    module, is absent: its factors would be dropped and its dense weight left random.
+    """
     prefix = getattr(model, "base_model_prefix", "") + "."
     modules = dict(model.named_modules())
     factored = []
     for name, rank in ranks.items():
         alternative = name[len(prefix) :] if name.startswith(prefix) else prefix + name
         path = next((path for path in (name, alternative) if path in modules), None)
+        if path is None and name.startswith(prefix):
+            raise ValueError(
+                f"{type(model).__name__} has no {name}; this emulator was made for another model class or version"
+            )
         if path is None or isinstance(modules[path], LowRankLayer):
             continue
         old = modules[path]
         options = {"bias": old.bias is not None, "device": old.weight.device, "dtype": old.weight.dtype}
+        new: LowRankLayer
         if isinstance(old, Conv1D):
             new = LowRankConv1D(old.weight.shape[0], old.weight.shape[1], rank, **options)
         elif isinstance(old, nn.Linear):

@@ -28,14 +28,15 @@ class Reading:
     def is_of(self, x: torch.Tensor) -> bool:
         """Whether x is the very tensor read: the same memory in the same shape, and unchanged since."""
         same = x is self.source or (
-            x.data_ptr() == self.source.data_ptr()
+            x.numel() > 0  # empty tensors have one address in common
+            and x.data_ptr() == self.source.data_ptr()
             and x.shape[-1] == self.source.shape[-1]
             and x.numel() == self.source.numel()
             and x.dtype == self.source.dtype
             and x.is_contiguous()
             and self.source.is_contiguous()
         )
-        return same and x._version == self.version
+        return same and _version(x) == self.version
 
 
 class Observer:
@@ -92,7 +93,7 @@ class Observer:
         for reading in reversed(readings):
             if reading.is_of(x) and name not in reading.layers:
                 return reading
-        readings.append(Reading(x, x._version))
+        readings.append(Reading(x, _version(x)))
         return readings[-1]
 
     def _rows(self, batch: int, x: torch.Tensor) -> torch.Tensor:
@@ -104,3 +105,8 @@ class Observer:
             if x.dim() == 2 and x.shape[0] == mask.numel():
                 return x[mask.reshape(-1)]
         return x.reshape(-1, x.shape[-1]).clone()
+
+
+def _version(x: torch.Tensor) -> int | None:
+    """How often the tensor was changed in place; tensors of inference mode do not count it."""
+    return None if x.is_inference() else x._version

@@ -3,76 +3,100 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from emloc_tools.errors import InputError, UnsupportedError
-from emloc_tools.models.source import Source
+from emloc_tools.models.source import Source, first_line
 
 
 def load_config(source: Source, *, trust_remote_code: bool = False) -> Any:
     """The model's configuration. Code in the model's folder runs only with `trust_remote_code`."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise InputError(f"{source.id}: its config.json cannot be used: {first}") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
+        raise InputError(f"{source.id}: its config.json cannot be used: {first_line(error)}") from error
     if getattr(config, "quantization_config", None):
         raise UnsupportedError(f"{source.id} is quantised; use the model's full-precision (bf16, fp16, fp32) release")
     return config
 
 
 def model_class(config: Any, source: Source, *, trust_remote_code: bool = False) -> type[nn.Module]:
-    """The class of `architectures[0]`, from transformers, or from the model's own code if that is trusted."""
+    """The class of `architectures[0]`, from transformers, or from the model's own code if that is trusted.
+
+    Raises `InputError` for an emulator, `UnsupportedError` for a class that cannot be had.
+    """
     import transformers
 
+    if getattr(config, "emloc", None):
+        raise InputError(f"{source.id} is an emulator made by emloc-tools; give the model that it was made from")
     name = (getattr(config, "architectures", None) or [None])[0]
     if name is None:
         raise InputError(f'{source.id}: config.json names no architecture; add "architectures": ["<model class>"]')
     known = getattr(transformers, name, None)
-    if known is not None:
-        return known  # type: ignore[no-any-return]
-    reference = next((ref for ref in getattr(config, "auto_map", {}).values() if str(ref).endswith("." + name)), None)
+    if isinstance(known, type) and issubclass(known, transformers.PreTrainedModel):
+        return cast(type[nn.Module], known)
+    references = [str(reference) for reference in (getattr(config, "auto_map", None) or {}).values()]
+    reference = next((reference for reference in references if reference.endswith("." + name)), None)
     if reference is None:
-        raise UnsupportedError(f"{source.id}: transformers {transformers.__version__} does not know {name}")
+        raise UnsupportedError(f"{source.id}: transformers {transformers.__version__} has no model class {name}")
     if not trust_remote_code:
         raise UnsupportedError(
             f"{source.id}: {name} is code in the model's own folder; pass --trust-remote-code to run it"
         )
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-    return get_class_from_dynamic_module(reference, str(source.folder))  # type: ignore[no-any-return]
+    return cast(type[nn.Module], get_class_from_dynamic_module(reference, str(source.folder)))
 
 
-def build_skeleton(cls: type[nn.Module], config: Any, *, dtype: torch.dtype) -> nn.Module:
-    """The model in evaluation mode with every parameter on meta, in `dtype` where the model lets it choose."""
+def build_skeleton(cls: Any, config: Any, *, dtype: torch.dtype) -> nn.Module:
+    """The model in evaluation mode with every parameter on meta, in `dtype` where the model lets it choose.
+
+    What a class keeps in float32 beside fp16 or bf16, such as routing biases, is float32 here as well.
+    """
     with parameters_on_meta(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return cls._from_config(config, dtype=dtype).eval()  # type: ignore[attr-defined, no-any-return]
+        model: nn.Module = cls._from_config(config, dtype=dtype).eval()
+    kept = [*(_kept(model, "_keep_in_fp32_modules_strict") if dtype in (torch.float16, torch.bfloat16) else ())]
+    kept += _kept(model, "_keep_in_fp32_modules") if dtype == torch.float16 else ()
+    for name, parameter in model.named_parameters():
+        if any(re.search(pattern.replace("*", ".*"), name) for pattern in kept):
+            parameter.data = parameter.data.float()
+    return model
+
+
+def _kept(model: nn.Module, attribute: str) -> list[str]:
+    return list(cast("list[str] | None", getattr(model, attribute, None)) or ())
 
 
 @contextlib.contextmanager
 def parameters_on_meta() -> Iterator[None]:
-    """Put parameters on meta as modules register them.
+    """Put parameters on meta as modules register them; one that is registered twice stays one.
 
     `torch.device("meta")` would also put buffers there, such as rotary frequencies that no checkpoint holds.
     """
     original = nn.Module.register_parameter
+    replaced: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
     def register(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         original(module, name, parameter)
         if parameter is not None and not parameter.is_meta:
-            on_meta = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
-            on_meta.__dict__.update(parameter.__dict__)
-            module._parameters[name] = on_meta
+            if parameter not in replaced:
+                on_meta = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+                on_meta.__dict__.update(parameter.__dict__)
+                replaced[parameter] = on_meta
+            module._parameters[name] = replaced[parameter]
 
-    nn.Module.register_parameter = register  # type: ignore[method-assign]
+    nn.Module.register_parameter = register  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:

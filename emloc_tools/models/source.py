@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from emloc_tools.errors import InputError, UnsupportedError
+from emloc_tools.files.tensors import TensorFolder
 
 COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*")
 HUB_ID = re.compile(r"[\w.\-]+(/[\w.\-]+)?")
@@ -21,7 +22,10 @@ class Source:
     folder: Path
 
     def locate(self, name: str) -> Path | None:
-        """The path of a file of the model, fetched from the Hub if need be; None if the model has no such file."""
+        """The path of a file of the model, fetched from the Hub if need be; None if the model has no such file.
+
+        Raises `InputError` if it cannot be fetched.
+        """
         path = self.folder / name
         if path.is_file():
             return path
@@ -36,20 +40,22 @@ class Source:
             if name.endswith(".index.json"):
                 return None  # single-file models have none, and offline nobody can tell
             raise InputError(
-                f"{self.id}: {name} is neither in the local cache nor can it be fetched: {_first_line(error)}"
+                f"{self.id}: {name} is neither in the local cache nor can it be fetched: {first_line(error)}"
             ) from error
         except EntryNotFoundError:
             return None
 
 
 def open_source(base: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Source:
-    """Find a base model: an existing folder, else a Hub id of which all small files are fetched.
+    """Find a base model: an existing folder, else a Hub id of which all small files are fetched, and no weights.
 
     Honours `HF_HOME`, `HF_TOKEN`, `HF_ENDPOINT` and `HF_HUB_OFFLINE`. Python files are fetched only with
     `trust_remote_code`. Raises `InputError` if the base is neither, or cannot be reached.
     """
     path = Path(base).expanduser()
     if path.is_dir():
+        if revision is not None:
+            raise InputError(f"{base} is a local folder, which has no --revision; leave it out")
         source = Source(base, None, path)
     elif path.exists():
         raise InputError(f"{base} is a file; --base takes a model's folder or a Hub id such as org/name")
@@ -59,24 +65,48 @@ def open_source(base: str, *, revision: str | None = None, trust_remote_code: bo
         source = _fetch(base, revision, trust_remote_code)
     if not (source.folder / "config.json").is_file():
         raise InputError(f"{base} has no config.json; --base takes a Hugging Face model folder or a Hub id")
+    return source
+
+
+def open_tensors(source: Source) -> TensorFolder:
+    """The model's weights, fetched file by file as they are read; a model of one file is fetched here.
+
+    Raises `UnsupportedError` if it has none in safetensors, `FormatError` if they are damaged.
+    """
     if source.locate("model.safetensors.index.json") is None and source.locate("model.safetensors") is None:
         raise UnsupportedError(
-            f"{base} holds no model.safetensors; weights are read only from safetensors, never unpickled"
+            f"{source.id} holds no model.safetensors; weights are read only from safetensors, never unpickled"
         )
-    return source
+    return TensorFolder.of_model(source.locate)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def _fetch(base: str, revision: str | None, trust_remote_code: bool) -> Source:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     patterns = [*COMPANIONS, "*.py"] if trust_remote_code else list(COMPANIONS)
     try:
-        folder = Path(snapshot_download(base, revision=revision, allow_patterns=patterns))
+        folder = Path(snapshot_download(base, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]))
+    except GatedRepoError as error:
+        raise InputError(f"{base} is gated: accept its terms on the Hub, then log in or set HF_TOKEN") from error
+    except RepositoryNotFoundError as error:
+        raise InputError(
+            f"{base} is neither a local folder nor a model on the Hub; for a private model log in or set HF_TOKEN"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise InputError(f"{base} has no revision {revision} on the Hub") from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        raise InputError(f"{base} is no local folder, and the Hub does not give it: {_first_line(error)}") from error
+        raise InputError(f"{base} is no local folder, and the Hub does not give it: {first_line(error)}") from error
     return Source(base, folder.name, folder)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

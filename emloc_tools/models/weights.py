@@ -97,6 +97,7 @@ class ModelWeights:
         for name, parts in groups.items():
             if parts[0][0] is None:
                 self._recipes[name] = Recipe(name, (parts[-1],))
+                self.ignored += [key for _, key in parts[:-1]]  # the same tensor under an older name
                 continue
             assert conversions is not None  # only conversions give patterns
             recipe = Recipe(name, tuple(parts), conversions.converters[parts[0][0]])
@@ -137,7 +138,23 @@ class ModelWeights:
                     "the checkpoint is incomplete or was saved from another model class"
                 )
             source_of.update(dict.fromkeys(names, stored[0]))
+            for name in dict.fromkeys(stored[1:]):
+                if name in names and name != stored[0] and not self._equal(stored[0], name):
+                    self._untie(name)
+                    source_of[name] = name
         return source_of
+
+    def _equal(self, first: str, second: str) -> bool:
+        """Whether two stored tensors that the configuration ties are equal; only such copies are read twice."""
+        one, other = (self._apply(self._recipes[name], self.tensors.read)[name] for name in (first, second))
+        return one.dtype == other.dtype and torch.equal(one, other)
+
+    def _untie(self, name: str) -> None:
+        """Give `name` a parameter of its own, as transformers does where tied tensors are stored and differ."""
+        owner, _, attribute = name.rpartition(".")
+        parameter = self._targets[name]
+        own = nn.Parameter(torch.empty_like(parameter), requires_grad=False)
+        self.model.get_submodule(owner)._parameters[attribute] = own
 
 
 @dataclass(frozen=True)

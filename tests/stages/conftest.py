@@ -1,0 +1,60 @@
+"""Bases of several families with their calibrations, made once for all tests of the stages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from emloc_tools.stages.calibrate import CalibrationResult, calibrate
+from tests import pico
+from tests.stages.reference import Moments, moments
+
+MAX_LENGTH = 72  # cuts some of the texts and not others
+
+
+@dataclass(frozen=True)
+class Case:
+    """A base on disk and in memory, its data, its calibration, and what hooks on the model in memory saw."""
+
+    family: str
+    base: Path
+    model: Any
+    data: Path
+    calibration: Path
+    result: CalibrationResult
+    moments: dict[str, Moments]
+
+
+@pytest.fixture(scope="session")
+def case_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
+    """The case of a family; tests never write into it."""
+    made: dict[str, Case] = {}
+
+    def make(family: str) -> Case:
+        if family not in made:
+            root = tmp_path_factory.mktemp(family)
+            model = pico.save_model(root / "base", family)
+            data = pico.save_texts(root / "train.jsonl", count=8)
+            result = calibrate(
+                base=str(root / "base"),
+                data=data,
+                output=root / "calibration",
+                max_length=MAX_LENGTH,
+                device="cpu",
+                command="make the case",
+            )
+            seen = moments(model, pico.token_ids(data, root / "base", MAX_LENGTH))
+            made[family] = Case(family, root / "base", model, data, root / "calibration", result, seen)
+        return made[family]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def llama(case_of: Callable[[str], Case]) -> Case:
+    """The case of most tests."""
+    return case_of("llama")

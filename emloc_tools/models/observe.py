@@ -36,7 +36,7 @@ class Reading:
             and x.is_contiguous()
             and self.source.is_contiguous()
         )
-        return same and _version(x) == self.version
+        return same and self.version is not None and _version(x) == self.version
 
 
 class Observer:
@@ -108,5 +108,5 @@ class Observer:
 
 
 def _version(x: torch.Tensor) -> int | None:
-    """How often the tensor was changed in place; tensors of inference mode do not count it."""
+    """How often the tensor was changed in place. Tensors of inference mode do not tell, so they are never shared."""
     return None if x.is_inference() else x._version

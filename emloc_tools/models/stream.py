@@ -206,9 +206,9 @@ class LockStep:
         data = self.weights.load(passing, self._read_into(unit.arena))
         data.update(self.weights.load(names & self._shared))
         unit.placeholders = [value(slot) for slot in unit.slots]
+        unit.loaded = True  # should filling fail half way, freeing puts everything back
         filled = self._fill(unit.slots, {**self._kept, **data})
         self._kept.update({name: tensor for name, tensor in filled.items() if name in self._shared})
-        unit.loaded = True
 
     def _free(self, unit: Unit) -> None:
         for slot, placeholder in zip(unit.slots, unit.placeholders, strict=True):

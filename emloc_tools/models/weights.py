@@ -64,9 +64,7 @@ class ModelWeights:
             produced = self._apply(recipe, read or self.tensors.read)
             loaded.update({name: tensor for name, tensor in produced.items() if name in names})
         for name, tensor in loaded.items():
-            if tensor.shape != self._targets[name].shape:
-                message = f"{list(tensor.shape)} in the checkpoint, {list(self._targets[name].shape)} in the model"
-                raise MismatchError(f"{name} has shape {message}; config.json and weights do not belong together")
+            self._require_shape(name, tensor)
             require_finite(name, tensor)
             if name in self._hashed and name not in self.hashes:
                 self.hashes[name] = content_hash(tensor)
@@ -101,8 +99,24 @@ class ModelWeights:
                 continue
             assert conversions is not None  # only conversions give patterns
             recipe = Recipe(name, tuple(parts), conversions.converters[parts[0][0]])
-            for produced in self._apply(recipe, self._on_meta):  # a dry run tells which model tensors come out
+            for produced, tensor in self._dry_run(recipe).items():
+                self._require_shape(produced, tensor)
                 self._recipes[produced] = recipe
+
+    def _dry_run(self, recipe: Recipe) -> dict[str, torch.Tensor]:
+        """The model tensors that a recipe gives, on meta."""
+        try:
+            return self._apply(recipe, self._on_meta)
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise MismatchError(
+                f"{recipe.first} cannot be made from {len(recipe.parts)} tensors such as {recipe.parts[0][1]}: {error}; "
+                "the checkpoint is incomplete or damaged"
+            ) from error
+
+    def _require_shape(self, name: str, tensor: torch.Tensor) -> None:
+        if tensor.shape != self._targets[name].shape:
+            message = f"{list(tensor.shape)} in the checkpoint, {list(self._targets[name].shape)} in the model"
+            raise MismatchError(f"{name} has shape {message}; config.json and weights do not belong together")
 
     def _apply(self, recipe: Recipe, read: Reader) -> dict[str, torch.Tensor]:
         if recipe.converter is None:

@@ -1,4 +1,4 @@
-"""The lock-step forward computes what the model in memory computes, from weights that are read once and held briefly."""
+"""The lock-step forward computes what the model in memory does, from weights that are read once and held briefly."""
 
 from __future__ import annotations
 

@@ -96,12 +96,13 @@ def _refuse_same_samples(parts: Sequence[Calibration]) -> None:
     seen: dict[tuple[str, int], Path] = {}
     for part in parts:
         for record in part.manifest.data:
-            other = seen.setdefault((record.hash, record.seed), part.folder)
-            if other is not part.folder:
+            other = seen.get((record.hash, record.seed))
+            if other is not None:
                 raise MismatchError(
                     f"{part.folder} and {other} were both made from samples of {record.file} that --seed {record.seed} "
                     "chose; merge calibrations of different data, or calibrate with another --seed"
                 )
+            seen[record.hash, record.seed] = part.folder
 
 
 def _common_layers(parts: Sequence[Calibration]) -> dict[str, CalibratedLayer]:

@@ -19,7 +19,7 @@ from emloc_tools.files.folders import write_json
 from emloc_tools.files.json_files import parse_object, read_json
 from emloc_tools.files.manifest import AdapterManifest, manifest_dict, read_manifest
 from emloc_tools.files.opening import path_inside
-from emloc_tools.files.patterns import pattern_matches
+from emloc_tools.files.patterns import ModulePattern
 from emloc_tools.files.tensors import ShardedWriter, TensorFolder, TensorSpec, content_hash
 
 CONFIG = "adapter_config.json"
@@ -54,6 +54,7 @@ class Adapter:
         if self.config.get("peft_type") != "LORA":
             message = f"is {reprlib.repr(self.config.get('peft_type'))}; only LORA adapters can be used"
             raise FormatError("A2", self.config_path, "peft_type", message)
+        self._patterns = {key: self._read_patterns(key) for key in ("rank_pattern", "alpha_pattern")}
         self.tensors = TensorFolder.of_files([self._weights()], rule="A3")
         try:
             self.loras = {module: self._keys(module) for module in self._modules()}
@@ -107,6 +108,18 @@ class Adapter:
             raise FormatError("A3", self.weights_path, "", f"does not exist{remedy}")
         return path
 
+    def _read_patterns(self, key: str) -> list[ModulePattern]:
+        texts = self.config.get(key) or {}
+        if not isinstance(texts, dict):
+            raise FormatError("A6", self.config_path, key, "must map patterns to numbers")
+        patterns = []
+        for text in texts:
+            try:
+                patterns.append(ModulePattern(text))
+            except ValueError as error:
+                raise FormatError("A6", self.config_path, f"{key}.{text}", str(error)) from error
+        return patterns
+
     def _modules(self) -> list[str]:
         modules = set()
         for name in self.tensors.names():
@@ -137,16 +150,13 @@ class Adapter:
     def _value(self, module: str, key: str, pattern_key: str) -> float:
         """r or lora_alpha of a module: the first pattern that matches the end of its name, else the default."""
         value, field = self.config.get(key), key
-        patterns = self.config.get(pattern_key) or {}
-        if not isinstance(patterns, dict):
-            raise FormatError("A6", self.config_path, pattern_key, "must map patterns to numbers")
-        for pattern, special in patterns.items():
+        for pattern in self._patterns[pattern_key]:
             try:
-                matches = pattern_matches(pattern, module)
+                matches = pattern.matches(module)
             except ValueError as error:
-                raise FormatError("A6", self.config_path, f"{pattern_key}.{pattern}", f"{error}") from error
+                raise FormatError("A6", self.config_path, f"{pattern_key}.{pattern.text}", str(error)) from error
             if matches:
-                value, field = special, f"{pattern_key}.{pattern}"
+                value, field = self.config[pattern_key][pattern.text], f"{pattern_key}.{pattern.text}"
                 break
         kinds = (int,) if key == "r" else (int, float)
         if isinstance(value, kinds) and not isinstance(value, bool) and 0 < value < LARGEST_NUMBER:

@@ -33,7 +33,10 @@ Name = Annotated[str, Field(min_length=1)]
 class Strict(BaseModel):
     """No unknown fields, no conversion between types, no change after reading."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    # A schema of what is written requires every field, also those that a writer need not name.
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, json_schema_serialization_defaults_required=True
+    )
 
 
 class MadeBy(Strict):
@@ -141,7 +144,11 @@ class EmulatorManifest(Strict):
 
 
 class CorrectedLayer(Strict):
-    """What the correction did to one LoRA pair; see `linalg.correction.Correction`."""
+    """What the correction D did to one LoRA pair.
+
+    `directions` is the rank of the trained A; `clamped` columns of D were scaled down; `delta_norm` is ‖D‖ and
+    `update_norm` the size ‖s B'‖ of what was trained.
+    """
 
     rank: Count
     scaling: Positive

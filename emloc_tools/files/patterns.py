@@ -11,36 +11,58 @@ import importlib
 import re
 import sys
 from collections.abc import Iterable
-from functools import lru_cache
 from typing import Any
 
 # The parser of `re`: its tree has kept its form since Python 2, only the module was renamed.
 _parser: Any = importlib.import_module("re._parser" if sys.version_info >= (3, 11) else "sre_parse")
 
-LONGEST_PATTERN = 1000  # characters
+LONGEST_PATTERN = 1000  # characters, of a pattern and of a name
 MOST_STEPS = 20_000  # for one pattern and one name; usual ones take a few dozen
+ANCHORS = ("AT_BEGINNING", "AT_BEGINNING_STRING", "AT_END", "AT_END_STRING")
 HARMLESS = re.compile(r"[^*+?{|(]*")  # repeats nothing and has no alternatives: `re` itself is fast enough
 
 
-def pattern_matches(pattern: str, module: str) -> bool:
-    """Whether PEFT's `pattern` matches `module`. Raises `ValueError` for one that is invalid or cannot be followed."""
-    if len(pattern) > LONGEST_PATTERN:
-        raise ValueError(f"it is longer than {LONGEST_PATTERN} characters")
-    try:
-        if HARMLESS.fullmatch(pattern):
-            return re.match(_whole(pattern), module) is not None
-        return _Follower(module).follow(_parse(pattern), 1) != 0
-    except (re.error, RecursionError, OverflowError) as error:
-        raise ValueError(f"it is not a usable regular expression: {error}") from error
+class ModulePattern:
+    """One key of `rank_pattern` or `alpha_pattern`. Raises `ValueError` if it is invalid or cannot be followed."""
+
+    def __init__(self, pattern: str) -> None:
+        if len(pattern) > LONGEST_PATTERN:
+            raise ValueError(f"is longer than {LONGEST_PATTERN} characters")
+        self.text = pattern
+        whole = rf"(.*\.)?({pattern})$"
+        try:
+            self._tree = _parser.parse(whole)
+            _require_followable(self._tree)
+            self._compiled = re.compile(whole) if HARMLESS.fullmatch(pattern) else None
+        except (re.error, RecursionError, OverflowError) as error:
+            raise ValueError(f"is not a usable regular expression: {error}") from error
+
+    def matches(self, module: str) -> bool:
+        """Whether PEFT would apply the key to `module`. Raises `ValueError` if that takes too long to find out."""
+        if len(module) > LONGEST_PATTERN:
+            raise ValueError(f"cannot be matched with a name of {len(module)} characters")
+        if self._compiled is not None:
+            return self._compiled.match(module) is not None
+        return _Follower(module).follow(self._tree, 1) != 0
 
 
-def _whole(pattern: str) -> str:
-    return rf"(.*\.)?({pattern})$"
-
-
-@lru_cache(maxsize=1024)
-def _parse(pattern: str) -> Any:
-    return _parser.parse(_whole(pattern))
+def _require_followable(nodes: Any) -> None:
+    """Refuse what `_Follower` does not know, wherever it stands."""
+    for op, argument in nodes:
+        match str(op):
+            case "LITERAL" | "NOT_LITERAL" | "ANY" | "IN":
+                continue
+            case "AT" if str(argument) in ANCHORS:
+                continue
+            case "SUBPATTERN" if not argument[1] and not argument[2]:  # no flags
+                _require_followable(argument[3])
+            case "BRANCH":
+                for branch in argument[1]:
+                    _require_followable(branch)
+            case "MAX_REPEAT" | "MIN_REPEAT":
+                _require_followable(argument[2])
+            case _:
+                raise ValueError("uses look-around, a back-reference or another thing that no module name needs")
 
 
 class _Follower:
@@ -48,23 +70,28 @@ class _Follower:
 
     def __init__(self, name: str) -> None:
         self._name, self._steps = name, 0
+        self._fitting: dict[int, int] = {}
 
     def follow(self, nodes: Iterable[tuple[Any, Any]], positions: int) -> int:
         """Where a sequence of nodes may end when it starts at one of `positions`."""
-        for op, argument in nodes:
+        for node in nodes:
             self._steps += 1
             if self._steps > MOST_STEPS:
-                raise ValueError("it takes too long to match")
-            positions = self._node(str(op), argument, positions)
+                raise ValueError(f"takes too long to match with {self._name}")
+            positions = self._node(node, positions)
             if not positions:
                 break
         return positions
 
-    def _node(self, op: str, argument: Any, positions: int) -> int:
+    def _node(self, node: tuple[Any, Any], positions: int) -> int:
+        op, argument = str(node[0]), node[1]
         match op:
             case "LITERAL" | "NOT_LITERAL" | "ANY" | "IN":
-                return sum(1 << i + 1 for i, c in enumerate(self._name) if positions >> i & 1 and _is(c, op, argument))
-            case "SUBPATTERN" if not argument[1] and not argument[2]:  # no flags
+                if id(node) not in self._fitting:
+                    fitting = sum(1 << i for i, c in enumerate(self._name) if _is(c, op, argument))
+                    self._fitting[id(node)] = fitting
+                return (positions & self._fitting[id(node)]) << 1
+            case "SUBPATTERN":
                 return self.follow(argument[3], positions)
             case "BRANCH":
                 ends = 0
@@ -74,14 +101,8 @@ class _Follower:
             case "MAX_REPEAT" | "MIN_REPEAT":
                 least, most, body = argument
                 return self._repeat(int(least), int(most), body, positions)
-            case "AT" if str(argument) in ("AT_BEGINNING", "AT_BEGINNING_STRING"):
-                return positions & 1
-            case "AT" if str(argument) == "AT_END":
-                before_break = 1 << len(self._name) - 1 if self._name.endswith("\n") else 0
-                return positions & (1 << len(self._name) | before_break)
-            case "AT" if str(argument) == "AT_END_STRING":
-                return positions & 1 << len(self._name)
-        raise ValueError(f"it uses {op}, which is not followed here")
+        # An anchor. PEFT's `$` also stands before a last line break; names with one are no modules of ours.
+        return positions & (1 if "BEGINNING" in str(argument) else 1 << len(self._name))
 
     def _repeat(self, least: int, most: int, body: Any, positions: int) -> int:
         for _ in range(least):

@@ -1,0 +1,248 @@
+"""What is wrong in each `golden/bad-<RULE>-<what>`: one damage to one good folder, and what a reader must say of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from emloc_tools.files.tensor_file import TensorFile, as_bytes, content_hash
+
+UP = "model.layers.0.mlp.up_proj"
+Q = "model.layers.0.self_attn.q_proj"
+DOWN_GRAM = "model.layers.0.mlp.down_proj.output_gram"
+LORA_A = f"base_model.model.{Q}.lora_A.weight"
+
+
+@dataclass(frozen=True)
+class Bad:
+    """`damage` changes a copy of the good folder `source`; the reader names `file` and `field`."""
+
+    rule: str
+    what: str
+    source: str
+    file: str
+    field: str
+    damage: Callable[[Path], None]
+
+    @property
+    def folder(self) -> str:
+        return f"bad-{self.rule}-{self.what}"
+
+
+def in_json(file: str, change: Callable[[Any], object]) -> Callable[[Path], None]:
+    """Change the object in a JSON file."""
+
+    def damage(folder: Path) -> None:
+        value = json.loads((folder / file).read_text(encoding="utf-8"))
+        change(value)
+        (folder / file).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+    return damage
+
+
+def in_bytes(file: str, change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
+    """Change the bytes of a file."""
+    return lambda folder: (folder / file).write_bytes(change((folder / file).read_bytes())) and None
+
+
+def in_header(file: str, change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+    """Change the header of a safetensors file and leave the tensors' bytes."""
+
+    def changed(data: bytes) -> bytes:
+        end = 8 + int.from_bytes(data[:8], "little")
+        header = json.loads(data[8:end])
+        change(header)
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        return len(text).to_bytes(8, "little") + text + data[end:]
+
+    return in_bytes(file, changed)
+
+
+def in_tensor(file: str, name: str, change: Callable[[torch.Tensor], object], *, manifest: str = "") -> Any:
+    """Change a tensor's values in place; with `manifest` its hash there is that of the new values."""
+
+    def damage(folder: Path) -> None:
+        opened = TensorFile(folder / file)
+        tensor, before = opened.read(name), content_hash(opened.read(name))
+        opened.close()
+        old = bytes(as_bytes(tensor))
+        change(tensor)
+        in_bytes(file, lambda data: data.replace(old, bytes(as_bytes(tensor)), 1))(folder)
+        if manifest:
+            text = (folder / manifest).read_text(encoding="utf-8")
+            (folder / manifest).write_text(text.replace(before, content_hash(tensor)), encoding="utf-8")
+
+    return damage
+
+
+def both(*damages: Callable[[Path], None]) -> Callable[[Path], None]:
+    """Several damages, in order."""
+    return lambda folder: [damage(folder) for damage in damages] and None
+
+
+def remove(file: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / file).unlink()
+
+
+def _calibration() -> list[Bad]:
+    manifest, shard, source = "calibration.json", "calibration-00001-of-00001.safetensors", "ok-output-side"
+    layer = "model.layers.0.mlp.down_proj"
+    twice = lambda data: data.replace(b'"format_version": 1', b'"format_version": 1, "format_version": 1')  # noqa: E731
+    other = "model.layers.0.self_attn.q_proj"
+
+    def json_case(rule: str, what: str, field: str, change: Callable[[Any], object], good: str = source) -> Bad:
+        return Bad(rule, what, good, manifest, field, in_json(manifest, change))
+
+    return [
+        Bad("C1", "duplicate-key", source, manifest, "", in_bytes(manifest, twice)),
+        Bad("C1", "byte-order-mark", source, manifest, "", in_bytes(manifest, lambda data: b"\xef\xbb\xbf" + data)),
+        json_case("C2", "later-version", "format_version", lambda m: m.update(format_version=2)),
+        json_case("C2", "other-format", "format", lambda m: m.update(format="emloc-emulator")),
+        json_case("C3", "unknown-field", "comment", lambda m: m.update(comment="hello")),
+        json_case("C3", "path-outside", "shards.0", lambda m: m.update(shards=["../" + shard])),
+        json_case("C3", "boolean-count", "grams.0.tokens", lambda m: m["grams"][0].update(tokens=True)),
+        Bad("C4", "absent-shard", source, manifest, f"shards.{shard}", remove(shard)),
+        Bad("C4", "truncated", source, shard, "", in_bytes(shard, lambda data: data[:-4])),
+        Bad("C4", "offset-past-end", source, shard, DOWN_GRAM, in_header(shard, _offsets(DOWN_GRAM, [8, 32]))),
+        Bad("C5", "wrong-dtype", source, manifest, DOWN_GRAM, in_header(shard, _fields(DOWN_GRAM, dtype="I32"))),
+        json_case(
+            "C5", "gram-without-tensor", "gone", lambda m: m["grams"][0].update(tensor="gone"), "ok-shared-input"
+        ),
+        json_case(
+            "C6", "layer-without-gram", f"layers.{other}", lambda m: m["layers"].update({other: m["layers"][layer]})
+        ),
+        json_case("C7", "wrong-side", DOWN_GRAM, lambda m: m["grams"][0].update(side="input")),
+        Bad("C8", "changed-value", source, manifest, DOWN_GRAM, in_tensor(shard, DOWN_GRAM, lambda t: t.add_(1))),
+        Bad(
+            "C9",
+            "negative-diagonal",
+            source,
+            manifest,
+            DOWN_GRAM,
+            in_tensor(shard, DOWN_GRAM, lambda t: t[:1].fill_(-1), manifest=manifest),
+        ),
+        json_case("C10", "unreached-layer-has-data", f"unreached.{layer}", lambda m: m["unreached"].append(layer)),
+    ]
+
+
+def _emulator() -> list[Bad]:
+    manifest, config, weights = "emulator.json", "config.json", "model.safetensors"
+    source, sharded, index = "ok-plain-svd", "ok-linear-shards", "model.safetensors.index.json"
+
+    def in_manifest(rule: str, what: str, field: str, change: Callable[[Any], object]) -> Bad:
+        return Bad(rule, what, source, manifest, field, in_json(manifest, change))
+
+    def in_config(rule: str, what: str, field: str, change: Callable[[Any], object]) -> Bad:
+        return Bad(rule, what, source, config, field, in_json(config, change))
+
+    def values_case(what: str, factor: str, field: str, change: Callable[[torch.Tensor], object]) -> Bad:
+        damage = in_tensor(weights, f"{UP}.{factor}", change, manifest=manifest)
+        return Bad("E6", what, source, manifest, field, damage)
+
+    return [
+        Bad("E1", "not-json", source, manifest, "", in_bytes(manifest, lambda data: data[: len(data) // 2])),
+        in_manifest("E2", "later-version", "format_version", lambda m: m.update(format_version=2)),
+        in_manifest("E3", "missing-field", "base", lambda m: m.pop("base")),
+        in_manifest("E3", "fraction-for-count", "parameters", lambda m: m.update(parameters=50.5)),
+        Bad("E4", "absent-shard", sharded, index, "weight_map", remove("model-00003-of-00003.safetensors")),
+        Bad("E4", "path-outside", sharded, index, "weight_map.lm_head.weight", in_json(index, _outside)),
+        Bad("E4", "unlisted-tensor", sharded, "model-00002-of-00003.safetensors", UP + ".U", in_json(index, _unlisted)),
+        Bad("E4", "overlap", source, weights, "lm_head.weight", in_header(weights, _offsets(f"{UP}.S", [0, 8]))),
+        Bad("E4", "overlong-header", source, weights, "header", in_bytes(weights, lambda data: b"\xff" * 8 + data[8:])),
+        Bad("E5", "wrong-shape", source, manifest, f"{UP}.U", in_header(weights, _fields(f"{UP}.U", shape=[2, 8]))),
+        in_manifest(
+            "E5", "more-energetic-than-rank", f"layers.{UP}.rank", lambda m: m["layers"][UP].update(energetic=3)
+        ),
+        values_case("nan", "Vh", UP, lambda t: t[0, :1].fill_(float("nan"))),
+        values_case("unsorted", "S", f"{UP}.S", lambda t: t.copy_(t.flip(0).clone())),
+        in_config("E7", "other-rank", "emloc", lambda c: c["emloc"]["ranks"].update({UP: 1})),
+        Bad("E8", "guard-missing", source, manifest, "layers", _without_guard(manifest, weights)),
+        in_manifest("E9", "unlisted-tensor", "tensors.lm_head.weight", lambda m: m["tensors"].pop("lm_head.weight")),
+        Bad(
+            "E10", "changed-value", source, manifest, "lm_head.weight", in_tensor(weights, "lm_head.weight", torch.neg_)
+        ),
+        in_config("E11", "stock-class", "architectures", lambda c: c.update(architectures=["LlamaForCausalLM"])),
+        in_config("E12", "code-from-elsewhere", "auto_map.AutoModelForCausalLM", _remote_code),
+        Bad("E12", "code-missing", source, config, "auto_map.AutoModelForCausalLM", remove("modeling_emloc.py")),
+        in_config("E13", "quantised", "quantization_config", lambda c: c.update(quantization_config={})),
+        in_manifest("E14", "wrong-sum", "parameters", lambda m: m.update(parameters=m["parameters"] + 1)),
+    ]
+
+
+def _adapter() -> list[Bad]:
+    config, weights, manifest = "adapter_config.json", "adapter_model.safetensors", "emloc.json"
+    trained, patterns, corrected = "ok-trained", "ok-trained-rslora-patterns", "ok-corrected"
+
+    def in_config(rule: str, what: str, field: str, change: Callable[[Any], object], good: str = trained) -> Bad:
+        return Bad(rule, what, good, config, field, in_json(config, change))
+
+    def in_manifest(rule: str, what: str, field: str, change: Callable[[Any], object]) -> Bad:
+        return Bad(rule, what, corrected, manifest, field, in_json(manifest, change))
+
+    unmark = in_header(weights, lambda header: header["__metadata__"].pop("emloc"))
+    nested = "rank_pattern.(a+)\\1"
+    return [
+        Bad("A1", "not-utf8", trained, config, "", in_bytes(config, lambda data: data.replace(b"LORA", b"LOR\xc4"))),
+        in_config("A2", "other-peft-type", "peft_type", lambda c: c.update(peft_type="IA3")),
+        Bad("A3", "absent", trained, weights, "", remove(weights)),
+        Bad("A3", "trailing-bytes", trained, weights, "", in_bytes(weights, lambda data: data + b"\0\0\0\0")),
+        Bad("A4", "half-a-pair", trained, weights, LORA_A, in_header(weights, _rename(LORA_A, "orphan"))),
+        Bad("A4", "other-rank", trained, weights, UP, in_json(config, lambda c: c.update(r=3))),
+        Bad("A5", "nan", trained, weights, LORA_A, in_tensor(weights, LORA_A, lambda t: t[0].fill_(float("nan")))),
+        in_config("A6", "alpha-is-true", "lora_alpha", lambda c: c.update(lora_alpha=True)),
+        in_config("A6", "back-reference", nested, lambda c: c.update(rank_pattern={"(a+)\\1": 4}), patterns),
+        Bad("A7", "not-a-number", corrected, manifest, "", in_bytes(manifest, lambda d: d.replace(b"3.0", b"NaN"))),
+        in_manifest("A8", "later-version", "format_version", lambda m: m.update(format_version=2)),
+        in_manifest("A9", "unknown-field", "layers." + Q + ".loss", lambda m: m["layers"][Q].update(loss=0.5)),
+        Bad("A10", "mark-missing", corrected, manifest, "", unmark),
+        Bad("A10", "manifest-missing", corrected, weights, "emloc", remove(manifest)),
+        Bad("A11", "changed-value", corrected, manifest, f"tensors.{LORA_A}", in_tensor(weights, LORA_A, torch.neg_)),
+        in_manifest("A12", "tensor-not-accounted-for", "unchanged.base_model.model.score.weight", _forget_head),
+        Bad(
+            "A13", "other-alpha", corrected, manifest, f"layers.{Q}", in_json(config, lambda c: c.update(lora_alpha=4))
+        ),
+    ]
+
+
+def _offsets(name: str, offsets: list[int]) -> Callable[[dict[str, Any]], object]:
+    return lambda header: header[name].update(data_offsets=offsets)
+
+
+def _fields(name: str, **changes: object) -> Callable[[dict[str, Any]], object]:
+    return lambda header: header[name].update(changes)
+
+
+def _rename(old: str, new: str) -> Callable[[dict[str, Any]], object]:
+    return lambda header: header.update({new: header.pop(old)})
+
+
+def _outside(index: dict[str, Any]) -> None:
+    index["weight_map"]["lm_head.weight"] = "../model.safetensors"
+
+
+def _unlisted(index: dict[str, Any]) -> None:
+    del index["weight_map"][f"{UP}.U"]
+
+
+def _remote_code(config: dict[str, Any]) -> None:
+    config["auto_map"]["AutoModelForCausalLM"] = "someone/else--modeling_emloc.EmlocLlamaForCausalLM"
+
+
+def _forget_head(manifest: dict[str, Any]) -> None:
+    manifest["unchanged"].remove("base_model.model.score.weight")
+
+
+def _without_guard(manifest: str, weights: str) -> Callable[[Path], None]:
+    """The guard under another name: all else stays right."""
+    guard, other = f"{UP}.weight", "guard"
+    renamed = in_json(manifest, lambda m: m["tensors"].update({other: m["tensors"].pop(guard)}))
+    return both(in_header(weights, _rename(guard, other)), renamed)
+
+
+BAD = {"calibration": _calibration(), "emulator": _emulator(), "adapter": _adapter()}

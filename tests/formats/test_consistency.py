@@ -1,0 +1,120 @@
+"""Specifications, schemas, models, golden folders and readers speak of the same rules."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from pathlib import Path
+
+import jsonschema
+import pytest
+
+import emloc_tools.files
+from formats.make_golden import make
+from formats.make_schemas import MODELS, schema_text
+from tests.formats.golden import BAD, EXPECTED, FORMATS, GOOD, KINDS, MANIFESTS, golden
+
+LETTER = {"calibration": "C", "emulator": "E", "adapter": "A"}
+SCHEMA_RULE = {"calibration": "C3", "emulator": "E3", "adapter": "A9"}
+OF_JSON_OR_VERSION = {"C1", "C2", "E1", "E2", "A7", "A8"}
+
+
+def spec_rules(kind: str) -> list[str]:
+    text = (FORMATS / kind / "SPEC.md").read_text(encoding="utf-8")
+    return re.findall(r"^- \*\*([A-Z]\d+)\*\* ", text, re.MULTILINE)
+
+
+def rules_in_code() -> set[str]:
+    """Every string constant of the readers that is a rule's number."""
+    rules = set()
+    for path in Path(emloc_tools.files.__path__[0]).glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and re.fullmatch(r"[CEA]\d{1,2}", str(node.value)):
+                rules.add(node.value)
+    return rules
+
+
+def schema(kind: str) -> jsonschema.Draft202012Validator:
+    text = (FORMATS / kind / "schema.json").read_text(encoding="utf-8")
+    return jsonschema.Draft202012Validator(json.loads(text))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rules_are_numbered_without_gap_and_each_is_one_sentence_of_must(kind: str) -> None:
+    assert spec_rules(kind) == [f"{LETTER[kind]}{number}" for number in range(1, len(spec_rules(kind)) + 1)]
+    for line in (FORMATS / kind / "SPEC.md").read_text(encoding="utf-8").splitlines():
+        if line.startswith("- **"):
+            assert "MUST" in line, line
+            assert line.endswith("."), line
+            assert not re.search(r"\. [A-Z]", line), f"more than one sentence: {line}"
+
+
+def test_the_readers_raise_exactly_the_specified_rules() -> None:
+    assert rules_in_code() == {rule for kind in KINDS for rule in spec_rules(kind)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_rule_has_a_bad_folder_and_every_bad_folder_a_rule(kind: str) -> None:
+    folders = {path.name for path in (FORMATS / kind / "golden").glob("bad-*")}
+    assert folders == set(EXPECTED[kind])
+    assert {name.split("-")[1] for name in folders} == set(spec_rules(kind))
+    assert all(name.split("-")[1] == expected["rule"] for name, expected in EXPECTED[kind].items())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_schema_is_that_of_the_model(kind: str) -> None:
+    stored = (FORMATS / kind / "schema.json").read_text(encoding="utf-8")
+    assert stored == schema_text(kind), "the schema is stale; renew it with `python -m formats.make_schemas`"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_schema_is_itself_valid_and_closed(kind: str) -> None:
+    validator = schema(kind)
+    validator.check_schema(validator.schema)
+    objects = [validator.schema, *validator.schema["$defs"].values()]
+    assert all(item["additionalProperties"] is False for item in objects)
+    assert all(item["required"] == list(item["properties"]) for item in objects)
+
+
+@pytest.mark.parametrize(("kind", "name"), GOOD)
+def test_schema_and_model_accept_the_manifests_of_good_folders(kind: str, name: str) -> None:
+    path = golden(kind, name) / MANIFESTS[kind]
+    if not path.exists():  # an adapter as it was trained has none
+        assert kind == "adapter"
+        return
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    schema(kind).validate(manifest)
+    assert MODELS[kind].model_validate(manifest).model_dump(mode="json") == manifest
+
+
+@pytest.mark.parametrize(("kind", "name"), BAD)
+def test_the_schema_refuses_just_the_bad_folders_of_its_rule(kind: str, name: str) -> None:
+    rule, path = EXPECTED[kind][name]["rule"], golden(kind, name) / MANIFESTS[kind]
+    if rule in OF_JSON_OR_VERSION or not path.exists():
+        return
+    valid = schema(kind).is_valid(json.loads(path.read_text(encoding="utf-8")))
+    assert valid == (rule != SCHEMA_RULE[kind])
+
+
+def test_every_version_that_is_written_has_an_entry_in_changes() -> None:
+    sections = re.split(r"^## ", (FORMATS / "CHANGES.md").read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
+    newest = {
+        section.split("\n", 1)[0]: int(re.findall(r"^### (\d+)", section, re.MULTILINE)[0]) for section in sections
+    }
+    assert newest == {kind: MODELS[kind].model_fields["format_version"].default for kind in KINDS}
+
+
+def test_the_golden_folders_are_what_the_script_writes(tmp_path: Path) -> None:
+    make(tmp_path)
+    remedy = "renew the golden folders with `python -m formats.make_golden`, if the change is meant"
+    for kind in KINDS:
+        assert contents(tmp_path / kind / "golden") == contents(FORMATS / kind / "golden"), remedy
+
+
+def test_the_golden_folders_stay_small() -> None:
+    assert sum(path.stat().st_size for path in FORMATS.rglob("*") if path.is_file()) < 1_000_000
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}

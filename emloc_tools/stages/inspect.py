@@ -44,7 +44,9 @@ def inspect(path: Path) -> Inspection:
     for marker, reader in readers.items():
         if (path / marker).is_file():
             return reader(path)
-    found = "does not exist" if not path.exists() else f"holds none of {', '.join(readers)}"
+    found = "is a file" if path.is_file() else f"holds none of {', '.join(readers)}"
+    if not path.exists():
+        found = "does not exist"
     raise InputError(f"{path} {found}; inspect takes the folder of a calibration, an emulator or an adapter")
 
 

@@ -1,0 +1,110 @@
+"""inspect: what it says of a folder is what the folder's own files say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from emloc_tools.errors import FormatError, InputError
+from emloc_tools.stages.build_emulator import build_emulator
+from emloc_tools.stages.inspect import inspect
+from tests import pico
+from tests.conftest import Run
+from tests.stages.adapters import pairs
+from tests.stages.reference import bytes_hash, read_grams, read_json, read_tensors
+
+
+def test_a_calibration(run: Run) -> None:
+    found, manifest = inspect(run.calibration), read_json(run.calibration / "calibration.json")
+    assert found.kind == "calibration"
+    assert found.facts == {
+        "base": str(run.base),
+        "architecture": "LlamaForCausalLM",
+        "data": manifest["data"],
+        "layers": 21,
+        "grams": len(read_tensors(run.calibration)),
+        "gram_bytes": sum(tensor.nbytes for tensor in read_tensors(run.calibration).values()),
+        "unreached_layers": 0,
+        "made_by": manifest["made_by"]["command"],
+    }
+    grams, weights = read_grams(run.calibration), run.model.state_dict()
+    assert {row["layer"]: (row["statistics"], row["tokens"]) for row in found.layers} == {
+        name: gram[:2] for name, gram in grams.items()
+    }
+    for row in found.layers:
+        assert [row["out"], row["in"]] == list(weights[f"{row['layer']}.weight"].shape)
+
+
+def test_an_emulator(run: Run) -> None:
+    found, manifest = inspect(run.emulator), read_json(run.emulator / "emulator.json")
+    tensors = read_tensors(run.emulator)
+    assert found.kind == "emulator"
+    assert found.facts == {
+        "base": str(run.base),
+        "architecture": "LlamaForCausalLM",
+        "parameters": sum(tensor.numel() for tensor in tensors.values()) - 1,
+        "base_parameters": sum(parameter.numel() for parameter in run.model.parameters()),
+        "allocation": "uniform",
+        "calibration": bytes_hash(run.calibration / "calibration.json"),
+        "data": read_json(run.calibration / "calibration.json")["data"],
+        "factored_layers": 21,
+        "made_by": manifest["made_by"]["command"],
+    }
+    for row in found.layers:
+        U, Vh = tensors[f"{row['layer']}.U"], tensors[f"{row['layer']}.Vh"]
+        assert (row["out"], row["in"], row["rank"]) == (U.shape[0], Vh.shape[1], U.shape[1])
+        assert row["relative_error"] == manifest["layers"][row["layer"]]["relative_error"]
+
+
+def test_an_emulator_without_calibration(run: Run, tmp_path: Path) -> None:
+    build_emulator(base=str(run.base), ratio=0.5, output=tmp_path / "emulator")
+    facts = inspect(tmp_path / "emulator").facts
+    assert (facts["calibration"], facts["data"]) == (None, [])
+
+
+def test_a_trained_adapter(run: Run) -> None:
+    found = inspect(run.adapter)
+    assert found.kind == "adapter"
+    assert found.facts == {"corrected": False, "base": str(run.emulator), "lora_pairs": 21, "other_tensors": 0}
+    ranks = {name: A.shape[0] for name, (A, _) in pairs(run.adapter).items()}
+    assert {row["layer"]: row["rank"] for row in found.layers} == ranks
+    assert all(row.keys() == {"layer", "rank", "scaling"} and row["scaling"] == 1.5 for row in found.layers)
+
+
+def test_a_corrected_adapter(run: Run) -> None:
+    found, manifest = inspect(run.corrected), read_json(run.corrected / "emloc.json")
+    assert found.kind == "adapter"
+    assert found.facts == {
+        "corrected": True,
+        "base": str(run.base),
+        "lora_pairs": 21,
+        "other_tensors": 0,
+        "architecture": "LlamaForCausalLM",
+        "clamp": 3.0,
+        "made_by": manifest["made_by"]["command"],
+    }
+    for row in found.layers:
+        record = manifest["layers"][row["layer"]]
+        assert row["correction"] == record["delta_norm"] / record["update_norm"]
+        assert row["clamped"] == record["clamped"]
+
+
+def test_other_tensors_of_an_adapter_are_counted(run: Run, tmp_path: Path) -> None:
+    pico.save_lora(tmp_path / "adapter", run.emulator, modules_to_save=["lm_head"])
+    assert inspect(tmp_path / "adapter").facts["other_tensors"] == 1
+
+
+def test_anything_else_is_refused(run: Run, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"base holds none of calibration\.json, emulator\.json, adapter_config\.json"):
+        inspect(run.base)
+    with pytest.raises(InputError, match="does not exist; inspect takes the folder of"):
+        inspect(tmp_path / "nothing")
+    with pytest.raises(InputError, match=r"train\.jsonl is a file; inspect takes the folder of"):
+        inspect(run.data)
+
+
+def test_a_damaged_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "emulator.json").write_text("{}")
+    with pytest.raises(FormatError, match="emulator"):
+        inspect(tmp_path)

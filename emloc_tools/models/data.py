@@ -16,7 +16,7 @@ import torch
 from emloc_tools.errors import FormatError, InputError
 from emloc_tools.files.tensors import TensorFile
 from emloc_tools.models.limits import Limits, limits_of
-from emloc_tools.models.skeleton import load_config
+from emloc_tools.models.skeleton import load_config, reason
 from emloc_tools.models.source import Source, first_line
 
 
@@ -92,7 +92,7 @@ def load_tokenizer(source: Source, *, trust_remote_code: bool = False) -> Any:
     try:
         return AutoTokenizer.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{source.id}: no usable tokenizer for text data: {first_line(error)}") from error
+        raise InputError(f"{source.id}: no usable tokenizer for text data: {reason(error)}") from error
 
 
 def _samples(inputs: Mapping[str, torch.Tensor]) -> int:

@@ -24,7 +24,7 @@ def load_config(source: Source, *, trust_remote_code: bool = False) -> Any:
     try:
         config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
-        raise InputError(f"{source.id}: its config.json cannot be used: {first_line(error)}") from error
+        raise InputError(f"{source.id}: its config.json cannot be used: {reason(error)}") from error
     if getattr(config, "quantization_config", None):
         raise UnsupportedError(f"{source.id} is quantised; use the model's full-precision (bf16, fp16, fp32) release")
     return config
@@ -56,6 +56,13 @@ def model_class(config: Any, source: Source, *, trust_remote_code: bool = False)
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
     return cast(type[nn.Module], get_class_from_dynamic_module(reference, str(source.folder)))
+
+
+def reason(error: Exception) -> str:
+    """Why transformers could not load something, in one line."""
+    if "contains custom code" in str(error):
+        return "it needs code in the model's own folder; pass --trust-remote-code to run it"
+    return first_line(error)
 
 
 def build_skeleton(cls: Any, config: Any, *, dtype: torch.dtype) -> nn.Module:

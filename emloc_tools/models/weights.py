@@ -100,8 +100,9 @@ class ModelWeights:
             assert conversions is not None  # only conversions give patterns
             recipe = Recipe(name, tuple(parts), conversions.converters[parts[0][0]])
             for produced, tensor in self._dry_run(recipe).items():
-                self._require_shape(produced, tensor)
-                self._recipes[produced] = recipe
+                if produced in self._targets:
+                    self._require_shape(produced, tensor)
+                    self._recipes[produced] = recipe
 
     def _dry_run(self, recipe: Recipe) -> dict[str, torch.Tensor]:
         """The model tensors that a recipe gives, on meta."""
@@ -109,8 +110,8 @@ class ModelWeights:
             return self._apply(recipe, self._on_meta)
         except (RuntimeError, ValueError, IndexError) as error:
             raise MismatchError(
-                f"{recipe.first} cannot be made from {len(recipe.parts)} tensors such as {recipe.parts[0][1]}: {error}; "
-                "the checkpoint is incomplete or damaged"
+                f"{recipe.first} cannot be made from its {len(recipe.parts)} tensors, such as {recipe.parts[0][1]}, "
+                f"so the checkpoint is incomplete or damaged: {error}"
             ) from error
 
     def _require_shape(self, name: str, tensor: torch.Tensor) -> None:

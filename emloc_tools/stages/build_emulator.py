@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 
 from emloc_tools.errors import InputError, MismatchError, NumericalError, UnsupportedError
+from emloc_tools.files.calibration import MANIFEST as CALIBRATION
 from emloc_tools.files.calibration import Calibration
 from emloc_tools.files.emulator import FLOATS
 from emloc_tools.files.emulator_writer import EmulatorWriter, WrittenEmulator
-from emloc_tools.files.folders import check_output, new_folder, require_folder
+from emloc_tools.files.folders import check_output, new_folder
 from emloc_tools.files.manifest import (
     BaseRecord,
     CalibrationReference,
@@ -29,7 +30,7 @@ from emloc_tools.models.modeling import FILE, emulator_name, modeling_source
 from emloc_tools.models.weights import ModelWeights
 from emloc_tools.records import Allocation, Gram, Layer, LowRank, Progress, Step, silent
 from emloc_tools.stages.budget import budget_ratio
-from emloc_tools.stages.refusals import require_apart, require_own_weights
+from emloc_tools.stages.refusals import require_apart, require_artifact, require_own_weights
 
 
 def build_emulator(
@@ -217,7 +218,7 @@ class _Factory:
 
 
 def _open_calibration(folder: Path) -> contextlib.closing[Calibration]:
-    require_folder(folder, "a calibration")
+    require_artifact(folder, CALIBRATION, "a calibration")
     return contextlib.closing(Calibration(folder))
 
 

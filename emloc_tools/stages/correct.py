@@ -12,16 +12,18 @@ from typing import Any
 import torch
 
 from emloc_tools.errors import InputError, MismatchError, NumericalError, UnsupportedError
+from emloc_tools.files.adapter import CONFIG as ADAPTER
 from emloc_tools.files.adapter import PREFIX, Adapter, write_adapter
 from emloc_tools.files.emulator import FACTORS, Emulator
-from emloc_tools.files.folders import check_output, new_folder, require_folder
+from emloc_tools.files.emulator import MANIFEST as EMULATOR
+from emloc_tools.files.folders import check_output, new_folder
 from emloc_tools.files.manifest import BaseRecord, CorrectedLayer, made_by
 from emloc_tools.files.tensors import content_hash
 from emloc_tools.linalg.correction import CLAMP, Correction, correct_lora
 from emloc_tools.models.base import BaseModel, choose_device, open_base, oriented
 from emloc_tools.models.lora import match_module
 from emloc_tools.records import Layer, Progress, Step, silent
-from emloc_tools.stages.refusals import require_apart, require_plain_lora
+from emloc_tools.stages.refusals import require_apart, require_artifact, require_plain_lora
 
 
 @dataclass(frozen=True)
@@ -55,11 +57,11 @@ def correct(
     Raises `MismatchError` for a base or an adapter that does not belong to the emulator or is corrected already,
     `UnsupportedError` for kinds of adapters that cannot be corrected, `NumericalError` for NaN or infinity.
     """
-    require_folder(emulator, "an emulator")
-    require_folder(adapter, "a PEFT adapter")
+    require_artifact(emulator, EMULATOR, "an emulator")
+    require_artifact(adapter, ADAPTER, "a PEFT adapter")
     if output is not None:
-        check_output(output, overwrite=overwrite)
         require_apart(output, [emulator, adapter, Path(base)])
+        check_output(output, overwrite=overwrite)
     if clamp is not None and not 0 < clamp < math.inf:
         raise InputError(f"--clamp {clamp:g} must be a number above 0, such as {CLAMP:g}, or none for no limit")
     device = choose_device(device)

@@ -13,9 +13,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from emloc_tools.errors import InputError, MismatchError, NumericalError, UnsupportedError
+from emloc_tools.files.adapter import CONFIG as ADAPTER
 from emloc_tools.files.adapter import Adapter
+from emloc_tools.files.emulator import MANIFEST as EMULATOR
 from emloc_tools.files.emulator import Emulator
-from emloc_tools.files.folders import require_folder
 from emloc_tools.files.tensors import TensorFolder
 from emloc_tools.models.base import choose_device, open_base
 from emloc_tools.models.data import Batch, load_batches
@@ -27,7 +28,7 @@ from emloc_tools.models.source import Source
 from emloc_tools.models.stream import LockStep
 from emloc_tools.models.weights import ModelWeights
 from emloc_tools.records import Progress, Step, silent
-from emloc_tools.stages.refusals import require_plain_lora
+from emloc_tools.stages.refusals import require_artifact, require_plain_lora
 
 ROWS_PER_SOFTMAX = 512  # bounds the float32 copy of the logits: 512 x 128256 x 4 bytes = 263 MB
 TOKENS_IN_FLIGHT = 65536  # activations of so many tokens are held while the model streams by once
@@ -148,7 +149,7 @@ def _open_base_model(base: str, revision: str | None, dtype: str, trust_remote_c
 
 
 def _open_emulator(folder: Path, dtype: str) -> _Target:
-    require_folder(folder, "an emulator")
+    require_artifact(folder, EMULATOR, "an emulator")
     bundle = Emulator(folder)
     architecture = bundle.manifest.base.architecture
     _require_causal(architecture)
@@ -170,7 +171,7 @@ def _require_causal(architecture: str) -> None:
 
 
 def _load_adapter(path: Path) -> tuple[dict[str, LoraPair], bool]:
-    require_folder(path, "a PEFT adapter")
+    require_artifact(path, ADAPTER, "a PEFT adapter")
     with contextlib.closing(Adapter(path)) as adapter:
         require_plain_lora(adapter)
         if adapter.other_tensors:

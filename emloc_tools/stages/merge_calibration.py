@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 
 from emloc_tools.errors import InputError, MismatchError, UnsupportedError
-from emloc_tools.files.calibration import Calibration, GramEntry, pack_lower, write_calibration
-from emloc_tools.files.folders import check_output, new_folder, require_folder
+from emloc_tools.files.calibration import MANIFEST, Calibration, GramEntry, pack_lower, write_calibration
+from emloc_tools.files.folders import check_output, new_folder
 from emloc_tools.files.manifest import CalibratedLayer, made_by
 from emloc_tools.files.tensors import MAX_SHARD_SIZE
 from emloc_tools.records import Progress, Step, silent
-from emloc_tools.stages.refusals import require_apart
+from emloc_tools.stages.refusals import require_apart, require_artifact
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def merge_calibration(
     if len(parts) < 2:
         raise InputError("give at least two calibrations to merge")
     for path in parts:
-        require_folder(path, "a calibration")
+        require_artifact(path, MANIFEST, "a calibration")
     require_apart(output, parts)
     with contextlib.ExitStack() as stack:
         opened = [stack.enter_context(contextlib.closing(Calibration(path))) for path in parts]

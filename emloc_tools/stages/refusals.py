@@ -1,4 +1,4 @@
-"""What several stages refuse before they start: outputs on top of inputs, shared weights, adapters beyond LoRA."""
+"""What several stages refuse before they start, so that no hour of work ends in an error that could be foreseen."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 from emloc_tools.errors import InputError, UnsupportedError
 from emloc_tools.files.adapter import Adapter
+from emloc_tools.files.folders import require_folder
 from emloc_tools.models.base import weight_name
 from emloc_tools.records import Layer
 
@@ -26,6 +27,13 @@ def require_apart(output: Path, inputs: Iterable[Path]) -> None:
     for path in inputs:
         if target in (path.resolve(), *path.resolve().parents) and path.exists():
             raise InputError(f"--output {output} would replace the input {path}; choose another --output")
+
+
+def require_artifact(path: Path, marker: str, what: str) -> None:
+    """Refuse a path that is not a folder with the file `marker`, naming what was expected there."""
+    require_folder(path, what)
+    if not (path / marker).exists():
+        raise InputError(f"{path} holds no {marker}; expected the folder of {what}")
 
 
 def require_own_weights(layers: Iterable[Layer], source_of: Mapping[str, str]) -> None:

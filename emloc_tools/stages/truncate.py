@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 
 from emloc_tools.errors import InputError
-from emloc_tools.files.emulator import FACTORS, Emulator
+from emloc_tools.files.emulator import FACTORS, MANIFEST, Emulator
 from emloc_tools.files.emulator_writer import EmulatorWriter, WrittenEmulator
-from emloc_tools.files.folders import check_output, new_folder, require_folder
+from emloc_tools.files.folders import check_output, new_folder
 from emloc_tools.files.manifest import FactoredLayer, made_by
 from emloc_tools.files.tensors import MAX_SHARD_SIZE, TensorSpec, read_json
 from emloc_tools.linalg.allocate import adaptive_ranks, largest_useful_rank, uniform_ranks
@@ -21,7 +21,7 @@ from emloc_tools.models.modeling import FILE
 from emloc_tools.models.source import Source
 from emloc_tools.records import Layer, Progress, Step, silent
 from emloc_tools.stages.budget import budget_ratio
-from emloc_tools.stages.refusals import require_apart
+from emloc_tools.stages.refusals import require_apart, require_artifact
 
 INHERITED = ("base", "calibration", "allocation", "eigen_dtype", "base_parameters", "ignored_tensors")
 
@@ -46,7 +46,7 @@ def truncate(
     Raises `InputError` if the budget is not below the emulator's own size.
     """
     check_output(output, overwrite=overwrite)
-    require_folder(emulator, "an emulator")
+    require_artifact(emulator, MANIFEST, "an emulator")
     require_apart(output, [emulator])
     with contextlib.ExitStack() as stack:
         larger = stack.enter_context(contextlib.closing(Emulator(emulator)))

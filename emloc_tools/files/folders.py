@@ -13,21 +13,25 @@ from typing import Any
 
 from emloc_tools.errors import InputError
 
-MARKERS = ("calibration.json", "emulator.json", "emloc.json", "adapter_config.json", "results.json")
+# What tells a folder that emloc-tools wrote. An adapter without emloc.json is somebody's training, not ours.
+MARKERS = ({"calibration.json"}, {"emulator.json"}, {"emloc.json"}, {"results.json", "commands.sh"})
 
 
 def check_output(output: Path, *, overwrite: bool) -> None:
     """Refuse an output that exists, unless `overwrite` is given and it is empty or made by emloc-tools."""
-    if not output.exists() and not output.is_symlink():
-        return
-    if not output.is_dir() or output.is_symlink():
-        raise InputError(f"{output} exists and is not a folder; choose another --output")
-    names = {path.name for path in output.iterdir()}
+    try:
+        if not os.path.lexists(output):
+            return
+        if not output.is_dir() or output.is_symlink():
+            raise InputError(f"{output} exists and is not a folder; choose another --output")
+        names = {path.name for path in output.iterdir()}
+    except OSError as error:
+        raise InputError(f"{output} cannot be used as --output: {error.strerror or error}") from error
     if not names:
         return
     if not overwrite:
         raise InputError(f"{output} already exists; choose another --output, or pass --overwrite to replace it")
-    if not names & set(MARKERS):
+    if not any(marker <= names for marker in MARKERS):
         raise InputError(f"{output} holds files that emloc-tools did not write; --overwrite does not replace it")
 
 
@@ -62,7 +66,7 @@ def require_folder(path: Path, what: str) -> None:
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write a JSON object, indented, keys in the given order, forced to disk."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -79,8 +83,13 @@ def _replace(output: Path, partial: Path) -> None:
         return
     old = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".old", dir=output.parent))
     output.rename(old / "old")
-    partial.rename(output)
-    shutil.rmtree(old, ignore_errors=True)
+    try:
+        partial.rename(output)
+    except BaseException:
+        (old / "old").rename(output)
+        raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _sync_folder(path: Path) -> None:

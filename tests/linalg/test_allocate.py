@@ -50,8 +50,8 @@ def test_the_uniform_rank_is_the_floor_of_the_exact_fraction(shape: tuple[int, i
 
 
 def test_a_ratio_that_is_not_exact_in_binary_does_not_cost_a_rank() -> None:
-    assert int(0.29 * 100) == 28  # what plain arithmetic makes of it
-    assert uniform_rank(layer("layer", 200, 200), 0.29) == 29
+    assert int(0.57 * (200 * 200) / (200 + 200)) == 56  # what plain arithmetic makes of 57% of 100
+    assert uniform_rank(layer("layer", 200, 200), 0.57) == 57
 
 
 @property_test
@@ -199,6 +199,16 @@ def test_layers_that_are_alike_get_the_uniform_ranks() -> None:
     layers = named([(32, 48)] * 4)
     shares = {one.name: falling_shares(32, decay=1.0) for one in layers}
     assert adaptive_ranks(layers, shares, 0.5) == uniform_ranks(layers, 0.5)
+
+
+def test_of_two_layers_with_equal_shares_the_cheaper_one_gets_more_directions() -> None:
+    layers = named([(32, 48), (64, 96)])
+    shares = {one.name: falling_shares(32, decay=1.0) for one in layers}
+    uniform, ranks = uniform_ranks(layers, 0.5), adaptive_ranks(layers, shares, 0.5, floor=0.0)
+    assert ranks["layer0"] > uniform["layer0"]
+    # Shares fall as 1/i, so share per value is even where ranks are in inverse proportion to the costs, 81 and 161.
+    at_bound = ranks["layer0"] == largest_useful_rank(layers[0])
+    assert at_bound or ranks["layer0"] / ranks["layer1"] == pytest.approx(161 / 81, rel=0.2)
 
 
 def test_a_layer_without_energy_keeps_its_floor_and_leaves_the_rest_to_others() -> None:

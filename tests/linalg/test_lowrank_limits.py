@@ -63,6 +63,7 @@ def test_data_of_zeros_gives_the_truncated_svd_and_no_error_on_the_data(side: Si
 def test_a_gram_of_no_tokens_is_treated_as_data_of_zeros() -> None:
     W = weight(12, 20)
     low_rank = decompose(W, 5, Gram(torch.zeros(20, 20), "input", 0))
+    assert torch.equal(low_rank.energies, torch.zeros(12, dtype=torch.float64))
     torch.testing.assert_close(dense(low_rank), truncated_svd(W, 5), rtol=0, atol=1e-6)
 
 
@@ -83,17 +84,31 @@ def test_the_scale_of_weight_and_data_only_scales_the_emulator(
     scale: float, shape: tuple[int, int], dtype: torch.dtype
 ) -> None:
     W, X = weight(*shape).float(), inputs(100, shape[1])
-    G = gram(X, W.double(), "input")
+    G, scaled_W = gram(X, W.double(), "input"), scale * W
     expected = decompose(W, 5, G, dtype=dtype)
-    for scaled_W, data in ((scale * W, G), (W, Gram(scale * G.matrix, "input", G.tokens))):
-        factor = float(scaled_W.abs().max() / W.abs().max())
-        low_rank = decompose(scaled_W, 5, data, dtype=dtype)
-        torch.testing.assert_close(dense(low_rank) / factor, dense(expected), rtol=1e-6, atol=1e-7)
-        assert low_rank.relative_error == pytest.approx(expected.relative_error, rel=1e-6)
+    for low_rank, weight_scale, output_scale in (
+        (decompose(scaled_W, 5, G, dtype=dtype), scale, scale),
+        (decompose(scaled_W, 5, gram(X, scaled_W.double(), "output"), dtype=dtype), scale, scale),
+        (decompose(W, 5, Gram(scale * G.matrix, "input", G.tokens), dtype=dtype), 1.0, scale**0.5),
+    ):
+        torch.testing.assert_close(dense(low_rank) / weight_scale, dense(expected), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(low_rank.energies / output_scale**2, expected.energies, rtol=1e-5, atol=1e-7)
+        assert low_rank.relative_error == pytest.approx(expected.relative_error, rel=1e-5)
         assert low_rank.energetic == 5
     # Control: at these scales the squares that a Gram is made of do not exist in float32.
     squares = (scale * W) @ (scale * W).T
     assert (squares == 0).all() or not torch.isfinite(squares).all()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_without_data_only_rounding_counts_as_nothing(shape: tuple[int, int]) -> None:
+    """W itself is exact, so its weak directions count far below the level at which those of a Gram would."""
+    integers = torch.randint(-9, 10, (shape[0], 5)).double() @ torch.randint(-9, 10, (5, shape[1])).double()
+    assert decompose(integers, 12).energetic == 5
+    assert decompose(integers.float(), 12, dtype=torch.float32).energetic == 5
+    graded = torch.zeros(shape, dtype=torch.float64)
+    graded.diagonal().copy_(10.0 ** -(torch.arange(min(shape)) / 2))  # down to 3e-6, squares to 1e-11 of the total
+    assert decompose(graded, 12).energetic == 12
 
 
 @pytest.mark.parametrize("side", SIDES)
@@ -138,6 +153,7 @@ def test_float16_factors_stay_finite_because_s_is_floored(tokens: int, scale: fl
     assert low_rank.floored > 0
     assert low_rank.Vh.half().isfinite().all()
     assert float(low_rank.Vh.abs().max()) <= 4096 * (1 + 1e-6)
+    assert float(low_rank.S[-1]) >= float(low_rank.S[0]) / 1000 * (1 - 1e-6)
     # W_E is that of the directions alone: what S gained, Vh lost.
     U = low_rank.U.double()
     torch.testing.assert_close(dense(low_rank), U @ U.T @ W, rtol=0, atol=1e-6)

@@ -181,24 +181,24 @@ def factor_layers(model: Any, ranks: dict[str, int]) -> Any:
         if path is None or isinstance(modules[path], LowRankLayer):
             continue
         old = modules[path]
-        options = {"bias": old.bias is not None, "device": old.weight.device, "dtype": old.weight.dtype}
-        new: LowRankLayer
-        if isinstance(old, Conv1D):
-            new = LowRankConv1D(old.weight.shape[0], old.weight.shape[1], rank, **options)
-        elif isinstance(old, nn.Linear):
-            new = LowRankLinear(old.in_features, old.out_features, rank, **options)
-        else:
+        if not isinstance(old, (nn.Linear, Conv1D)):
             raise TypeError(
                 f"{path} is a {type(old).__name__}; this emulator was made for another version of its model class"
             )
+        options: dict[str, Any] = {"bias": old.bias is not None, "device": old.weight.device, "dtype": old.weight.dtype}
+        new: LowRankLayer
+        if isinstance(old, Conv1D):
+            new = LowRankConv1D(old.weight.shape[0], old.weight.shape[1], rank, **options)
+        else:
+            new = LowRankLinear(old.in_features, old.out_features, rank, **options)
         new.train(old.training)
         parent, _, child = path.rpartition(".")
         setattr(model.get_submodule(parent) if parent else model, child, new)
-        factored.append(path)
+        factored += [path, name]
     if not factored:
         raise ValueError(f"{type(model).__name__} has none of this emulator's layers, such as {next(iter(ranks))}")
     # One `weight` of one element makes every load without this code fail on its shape. With it, it is ignored.
-    guards = [f"^{re.escape(path)}\\.weight$" for path in factored]
+    guards = [f"^{re.escape(path)}\\.weight$" for path in dict.fromkeys(factored)]
     kind = set if int(transformers.__version__.split(".")[0]) >= 5 else list
     model._keys_to_ignore_on_load_unexpected = kind([*(model._keys_to_ignore_on_load_unexpected or ()), *guards])
     return model

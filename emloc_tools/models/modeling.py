@@ -50,7 +50,7 @@ def emulator_name(architecture: str) -> str:
 
 
 def modeling_source(config: Any, architecture: str) -> tuple[str, dict[str, str]]:
-    """The text of the modeling file, and the `auto_map` for config.json: every Auto class that fits the model.
+    """The text of the modeling file, and the `auto_map` for config.json: every Auto class that can load the tensors.
 
     Raises `UnsupportedError` for an architecture outside transformers.
     """
@@ -60,7 +60,10 @@ def modeling_source(config: Any, architecture: str) -> tuple[str, dict[str, str]
         raise UnsupportedError(
             f"{architecture} is not part of transformers; its emulator could not be loaded by trainers"
         )
-    classes = {auto: cls for auto in AUTO_CLASSES if (cls := _class_for(auto, config))}
+    # Some classes call the body by another name (LlamaForQuestionAnswering), and then find no tensor of the checkpoint.
+    prefix = getattr(transformers, architecture).base_model_prefix
+    fitting = {auto: cls for auto in AUTO_CLASSES if (cls := _class_for(auto, config))}
+    classes = {auto: cls for auto, cls in fitting.items() if getattr(transformers, cls).base_model_prefix == prefix}
     own = _without_docstring(inspect.getsource(lowrank_modules))
     names = sorted({*classes.values(), architecture})
     text = (

@@ -33,7 +33,7 @@ def load(path: Path, source: Source, **options: Any) -> list[Batch]:
 
 
 def ids(text: str) -> list[int]:
-    """The token ids of printable ASCII text. The vocabulary is four special tokens and the byte-level alphabet in order.
+    """The token ids of printable ASCII text. Its vocabulary: four special tokens, then the byte-level alphabet.
 
     That is 188 printable bytes beginning with `!`, then the others, of which the space, byte 32, is the 33rd.
     """

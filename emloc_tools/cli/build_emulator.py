@@ -11,8 +11,8 @@ from emloc_tools.cli import options
 EXAMPLE = """Example:
 
 \b
-  emloc-tools build-emulator --base meta-llama/Llama-3.1-8B --calibration calibration \\
-      --ratio 0.25 --output emulator
+  emloc-tools build-emulator --base meta-llama/Llama-3.1-8B \\
+      --calibration calibration --ratio 0.25 --output emulator
 """
 
 

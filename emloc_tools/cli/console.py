@@ -55,7 +55,7 @@ def progress(*, hidden: bool) -> Iterator[Callable[[Step], None]]:
     """A callback for a stage: a bar with the time left on a terminal, ten lines per title in a log."""
     console = stderr()
     if hidden or not console.is_terminal:
-        yield _silent if hidden else _tenths(console)
+        yield _silent if hidden else in_tenths(console)
         return
     columns = (
         TextColumn("{task.description:<9}", markup=False),
@@ -198,7 +198,7 @@ def _silent(step: Step) -> None:
     pass
 
 
-def _tenths(console: Console) -> Callable[[Step], None]:
+def in_tenths(console: Console) -> Callable[[Step], None]:
     shown: dict[str, int] = {}
 
     def show(step: Step) -> None:

@@ -12,7 +12,7 @@ EXAMPLE = """Examples:
 
 \b
   emloc-tools demo --output demo-run
-  emloc-tools demo --base Qwen/Qwen2.5-0.5B --data mine.jsonl --output demo-run
+  emloc-tools demo --base Qwen/Qwen2.5-0.5B --data mine.jsonl --output demo
 """
 
 

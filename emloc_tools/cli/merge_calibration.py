@@ -11,7 +11,8 @@ from emloc_tools.cli import options
 EXAMPLE = """Example:
 
 \b
-  emloc-tools merge-calibration calibration-0 calibration-1 --output calibration
+  emloc-tools merge-calibration calibration-0 calibration-1 \\
+      --output calibration
 """
 
 

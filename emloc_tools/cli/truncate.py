@@ -11,7 +11,7 @@ from emloc_tools.cli import options
 EXAMPLE = """Example:
 
 \b
-  emloc-tools truncate --emulator emulator --ratio 0.1 --output smaller-emulator
+  emloc-tools truncate --emulator emulator --ratio 0.1 --output smaller
 """
 
 

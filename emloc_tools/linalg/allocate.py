@@ -85,6 +85,6 @@ def _by_gain(
     if not layers:
         return []
     gains = [shares[layer.name][ranks[layer.name] : most[layer.name]] / layer.rank_cost for layer in layers]
-    owners = [torch.full((len(gain),), index) for index, gain in enumerate(gains)]
+    owners = [torch.full_like(gain, index, dtype=torch.long) for index, gain in enumerate(gains)]
     order = torch.cat(gains).argsort(descending=True, stable=True)
     return [layers[index] for index in torch.cat(owners)[order].tolist()]

@@ -195,9 +195,9 @@ def test_adaptive_ranks_lower_the_summed_squared_error_of_layers_that_differ(rat
     assert adaptive["layer2"] < uniform["layer2"]  # the one whose energy is in few directions gives
 
 
-def test_layers_that_are_alike_get_the_uniform_ranks() -> None:
+def test_layers_that_are_alike_get_the_uniform_ranks(device: str) -> None:
     layers = named([(32, 48)] * 4)
-    shares = {one.name: falling_shares(32, decay=1.0) for one in layers}
+    shares = {one.name: falling_shares(32, decay=1.0).to(device) for one in layers}
     assert adaptive_ranks(layers, shares, 0.5) == uniform_ranks(layers, 0.5)
 
 

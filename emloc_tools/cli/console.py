@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import json
+import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -44,6 +46,9 @@ def stderr() -> Console:
 
 
 def _console(*, stderr: bool = False) -> Console:
+    stream = sys.stderr if stderr else sys.stdout
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="backslashreplace")  # a name or sign that it cannot show is no reason to fail
     console = Console(stderr=stderr, highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
         console.width = WIDTH_OF_LOGS
@@ -80,7 +85,7 @@ def progress(*, hidden: bool) -> Iterator[Callable[[Step], None]]:
 def emit(value: Any, *, as_json: bool, quiet: bool, draw: Callable[[Console], None]) -> None:
     """Print a stage's result: as JSON if asked for, else drawn, else not at all."""
     if as_json:
-        print(json.dumps(plain(value), ensure_ascii=False, allow_nan=False))
+        print(json.dumps(plain(value), allow_nan=False))
     elif not quiet:
         draw(stdout())
 

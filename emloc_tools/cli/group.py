@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import signal
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import click
@@ -21,6 +25,10 @@ from emloc_tools.errors import EmlocError
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 
 
+class Terminated(BaseException):
+    """SIGTERM, by which schedulers stop a job. By default Python would die at once and leave unfinished folders."""
+
+
 class Group(click.Group):
     """Lists commands in the order of work, and turns expected errors into one line."""
 
@@ -31,7 +39,8 @@ class Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command. Unexpected exceptions keep their traceback."""
         try:
-            return super().invoke(ctx)
+            with _sigterm_raises():
+                return super().invoke(ctx)
         except EmlocError as error:
             _fail(ctx, str(error), 1)
         except OSError as error:
@@ -40,6 +49,24 @@ class Group(click.Group):
             _fail(ctx, f"{error.filename or 'writing'}: {error.strerror}; nothing was left under the final name", 1)
         except KeyboardInterrupt:
             _fail(ctx, "interrupted; nothing was left under the final name", 130)
+        except Terminated:
+            _fail(ctx, "terminated; nothing was left under the final name", 143)
+
+
+@contextlib.contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():  # only that one may set handlers
+        yield
+        return
+
+    def terminate(number: int, frame: object) -> None:
+        raise Terminated
+
+    previous = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _fail(ctx: click.Context, message: str, status: int) -> None:

@@ -30,7 +30,7 @@ from emloc_tools.models.modeling import FILE, emulator_name, modeling_source
 from emloc_tools.models.weights import ModelWeights
 from emloc_tools.records import Allocation, Gram, Layer, LowRank, Progress, Step, silent
 from emloc_tools.stages.budget import budget_ratio
-from emloc_tools.stages.refusals import require_apart, require_artifact, require_own_weights
+from emloc_tools.stages.refusals import require_apart, require_artifact, require_original, require_own_weights
 
 
 def build_emulator(
@@ -67,6 +67,7 @@ def build_emulator(
     `NumericalError` for NaN or infinity.
     """
     check_output(output, overwrite=overwrite)
+    require_original(base)
     require_apart(output, [Path(base), *([calibration] if calibration else [])])
     device = choose_device(device)
     with contextlib.ExitStack() as stack:

@@ -24,7 +24,7 @@ from emloc_tools.models.observe import Observer, Reading
 from emloc_tools.models.stream import LockStep
 from emloc_tools.models.units import Unit
 from emloc_tools.records import Gram, Layer, Progress, Side, Step, silent
-from emloc_tools.stages.refusals import require_apart, require_own_weights
+from emloc_tools.stages.refusals import require_apart, require_original, require_own_weights
 
 Key = tuple[str, ...]
 
@@ -72,6 +72,7 @@ def calibrate(
     Raises `InputError` for unusable paths, data or patterns, `NumericalError` for NaN or infinity.
     """
     check_output(output, overwrite=overwrite)
+    require_original(base)
     require_apart(output, [Path(base), data])
     device = choose_device(device)
     opened = open_base(base, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)

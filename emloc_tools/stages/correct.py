@@ -23,7 +23,7 @@ from emloc_tools.linalg.correction import CLAMP, Correction, correct_lora
 from emloc_tools.models.base import BaseModel, choose_device, open_base, oriented
 from emloc_tools.models.lora import match_module
 from emloc_tools.records import Layer, Progress, Step, silent
-from emloc_tools.stages.refusals import require_apart, require_artifact, require_plain_lora
+from emloc_tools.stages.refusals import require_apart, require_artifact, require_original, require_plain_lora
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,7 @@ def correct(
     Raises `MismatchError` for a base or an adapter that does not belong to the emulator or is corrected already,
     `UnsupportedError` for kinds of adapters that cannot be corrected, `NumericalError` for NaN or infinity.
     """
+    require_original(base)
     require_artifact(emulator, EMULATOR, "an emulator")
     require_artifact(adapter, ADAPTER, "a PEFT adapter")
     if output is not None:

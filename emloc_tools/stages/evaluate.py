@@ -28,7 +28,7 @@ from emloc_tools.models.source import Source
 from emloc_tools.models.stream import LockStep
 from emloc_tools.models.weights import ModelWeights
 from emloc_tools.records import Progress, Step, silent
-from emloc_tools.stages.refusals import require_artifact, require_plain_lora
+from emloc_tools.stages.refusals import require_artifact, require_original, require_plain_lora
 
 ROWS_PER_SOFTMAX = 512  # bounds the float32 copy of the logits: 512 x 128256 x 4 bytes = 263 MB
 TOKENS_IN_FLIGHT = 65536  # activations of so many tokens are held while the model streams by once
@@ -86,6 +86,7 @@ def evaluate(
                 raise InputError(f"{path} is corrected, so it belongs to the base and not to its emulator; give --base")
     opened = []
     if base is not None:
+        require_original(base)
         opened.append(_open_base_model(base, revision, dtype, trust_remote_code))
     if emulator is not None:
         opened.append(_open_emulator(emulator, dtype))

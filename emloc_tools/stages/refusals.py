@@ -8,6 +8,7 @@ from pathlib import Path
 
 from emloc_tools.errors import InputError, UnsupportedError
 from emloc_tools.files.adapter import Adapter
+from emloc_tools.files.emulator import MANIFEST as EMULATOR
 from emloc_tools.files.folders import require_folder
 from emloc_tools.models.base import weight_name
 from emloc_tools.records import Layer
@@ -34,6 +35,12 @@ def require_artifact(path: Path, marker: str, what: str) -> None:
     require_folder(path, what)
     if not (path / marker).exists():
         raise InputError(f"{path} holds no {marker}; expected the folder of {what}")
+
+
+def require_original(base: str) -> None:
+    """Refuse an emulator where the model that it stands for is meant."""
+    if (Path(base).expanduser() / EMULATOR).is_file():
+        raise InputError(f"--base {base} is an emulator; pass the model that it was made from, which {EMULATOR} names")
 
 
 def require_own_weights(layers: Iterable[Layer], source_of: Mapping[str, str]) -> None:

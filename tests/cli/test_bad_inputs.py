@@ -59,6 +59,10 @@ TABLE = [
     Bad(of(CALIBRATE, base="./nowhere/at/all"), (r"\./nowhere/at/all does not exist", "--base takes", "org/name")),
     Bad(of(CALIBRATE, base="{data}"), (r"train\.jsonl is a file", "--base takes a model's folder or a Hub id")),
     Bad(of(CALIBRATE, base="{bad}/foreign"), (r"foreign has no config\.json", "--base takes")),
+    *[
+        Bad(of(line, base="{emulator}"), ("--base .*emulator is an emulator", r"which emulator\.json names"))
+        for line in (CALIBRATE, PLAIN + " --ratio 0.5", CORRECT, EVALUATE)
+    ],
     Bad(of(CALIBRATE, base="{bad}/truncated"), (r"truncated/model\.safetensors", "the file was truncated")),
     Bad(of(PLAIN, base="{bad}/truncated") + " --ratio 0.5", (r"truncated/model\.safetensors", "was truncated")),
     Bad(of(CALIBRATE, base="{bad}/shard"), (r"index\.json", r"model-00002-of-\d+\.safetensors, which does not exist")),

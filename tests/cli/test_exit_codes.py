@@ -61,8 +61,17 @@ def test_2_for_a_usage_error(tmp_path: Path) -> None:
     assert "Missing option '--data'" in finished.stderr
 
 
-@pytest.mark.parametrize("stage", ["calibrate", "build-emulator"])
-def test_130_for_ctrl_c_and_nothing_is_left(run: Run, tmp_path: Path, stage: str) -> None:
+@pytest.mark.parametrize(
+    ("stage", "stopped_by", "status", "word"),
+    [
+        ("calibrate", signal.SIGINT, 130, "interrupted"),
+        ("build-emulator", signal.SIGINT, 130, "interrupted"),
+        ("build-emulator", signal.SIGTERM, 143, "terminated"),
+    ],
+)
+def test_130_for_ctrl_c_and_143_for_sigterm_and_nothing_is_left(
+    run: Run, tmp_path: Path, stage: str, stopped_by: signal.Signals, status: int, word: str
+) -> None:
     options = {"calibrate": ["--data", run.data], "build-emulator": ["--ratio", "0.5"]}[stage]
     command = [sys.executable, "-c", PAUSING, stage, "--base", run.base, *options, "--output", "out"]
     with subprocess.Popen(map(str, command), cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
@@ -70,8 +79,8 @@ def test_130_for_ctrl_c_and_nothing_is_left(run: Run, tmp_path: Path, stage: str
         first = process.stderr.readline()
         assert " of " in first
         assert [path.suffix for path in tmp_path.iterdir()] == [".partial"], "it must be at work when the signal comes"
-        process.send_signal(signal.SIGINT)
+        process.send_signal(stopped_by)
         rest = process.stderr.read()
-    assert process.returncode == 130
-    assert rest == "Error: interrupted; nothing was left under the final name\n"
+    assert process.returncode == status
+    assert rest == f"Error: {word}; nothing was left under the final name\n"
     assert list(tmp_path.iterdir()) == []

@@ -32,7 +32,7 @@ class Source:
         if self.revision is None:
             return None
         from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+        from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
         try:
             return Path(hf_hub_download(self.id, name, revision=self.revision))
@@ -44,6 +44,8 @@ class Source:
             ) from error
         except EntryNotFoundError:
             return None
+        except (HfHubHTTPError, OSError) as error:
+            raise InputError(f"{self.id}: {name} cannot be fetched: {first_line(error)}") from error
 
 
 def open_source(base: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Source:

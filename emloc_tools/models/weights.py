@@ -221,9 +221,13 @@ def _conversions(model: nn.Module) -> _Conversions | None:
 
 
 def require_finite(name: str, tensor: torch.Tensor) -> None:
-    """Refuse NaN and infinity. `aminmax` needs no temporary tensor and carries NaN through."""
+    """Refuse NaN, infinity, and 8-bit floats. `aminmax` needs no temporary tensor and carries NaN through."""
     if tensor.is_meta or not tensor.is_floating_point() or tensor.numel() == 0:
         return
+    if tensor.dtype.itemsize == 1:
+        raise UnsupportedError(
+            f"the weight {name} is stored in {tensor.dtype}; use the model's full-precision (bf16, fp16, fp32) release"
+        )
     low, high = torch.aminmax(tensor)
     if not (torch.isfinite(low) and torch.isfinite(high)):
         raise NumericalError(f"the weight {name} holds NaN or infinity; the checkpoint is damaged")

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -28,6 +28,7 @@ class FakeHub:
 
     repositories: dict[str, dict[str, Path]]
     gated: frozenset[str] = frozenset()
+    broken: set[str] = field(default_factory=set)  # file names that the server fails on
     requests: list[Request] = field(default_factory=list)
     url: str = ""
 
@@ -97,6 +98,9 @@ def serve(hub: FakeHub) -> Iterator[FakeHub]:
             if folder is None:
                 self._send(404, {"X-Error-Code": "RevisionNotFound"})
                 return
+            if name in hub.broken:
+                self._send(403)
+                return
             path = folder / name
             state = next(n for n, p in hub.repositories[repository].items() if p == folder)
             headers = {"X-Repo-Commit": commit_of(state)}
@@ -105,7 +109,7 @@ def serve(hub: FakeHub) -> Iterator[FakeHub]:
                 return
             self._send(200, {**headers, "ETag": f'"{_etag(path)}"'}, path.read_bytes())
 
-        def _send(self, status: int, headers: dict[str, str], body: bytes = b"") -> None:
+        def _send(self, status: int, headers: Mapping[str, str] = {}, body: bytes = b"") -> None:
             self.send_response(status)
             for name, value in headers.items():
                 self.send_header(name, value)

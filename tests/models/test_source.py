@@ -192,6 +192,17 @@ def test_what_the_hub_refuses_is_one_readable_message(
     assert message in answer["message"]
 
 
+def test_weights_that_the_hub_withholds_are_a_readable_message(
+    hub: FakeHub, online: Worker, states: dict[str, Path], tmp_path: Path
+) -> None:
+    shard = sorted(path.name for path in states["main"].glob("*.safetensors"))[1]
+    hub.broken.add(shard)
+    answer = online.open(tmp_path, base="org/tiny", read=True)
+    hub.broken.clear()
+    assert answer["error"] == "InputError"
+    assert f"org/tiny: {shard}" in answer["message"]
+
+
 def test_an_unknown_id_offline_is_a_message() -> None:
     with pytest.raises(InputError, match="org/unknown is no local folder, and the Hub does not give it"):
         open_source("org/unknown")

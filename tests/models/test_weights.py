@@ -11,7 +11,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from emloc_tools.errors import MismatchError, NumericalError
+from emloc_tools.errors import MismatchError, NumericalError, UnsupportedError
 from emloc_tools.files.tensors import content_hash
 from emloc_tools.models.base import BaseModel, open_base
 from emloc_tools.models.layers import select_layers
@@ -167,6 +167,15 @@ def test_values_that_are_not_finite_are_refused_by_name(bad: float, dtype: torch
     rewrite(tmp_path, damage)
     weights = open_base(str(tmp_path)).weights()
     with pytest.raises(NumericalError, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds NaN or infinity"):
+        weights.load([name])
+
+
+def test_weights_in_eight_bits_are_refused_even_if_the_configuration_hides_them(tmp_path: Path) -> None:
+    pico.save_model(tmp_path)
+    name = "model.layers.1.mlp.up_proj.weight"
+    rewrite(tmp_path, lambda tensors: tensors.update({name: tensors[name].to(torch.float8_e4m3fn)}))
+    weights = open_base(str(tmp_path)).weights()
+    with pytest.raises(UnsupportedError, match=r"up_proj\.weight is stored in torch\.float8_e4m3fn"):
         weights.load([name])
 
 

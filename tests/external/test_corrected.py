@@ -20,10 +20,8 @@ def pairs(adapter: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """A and B of every module, in float64."""
     tensors = load_file(adapter / "adapter_model.safetensors")
     modules = {key.removeprefix("base_model.model.").rpartition(".lora_")[0] for key in tensors}
-    return {
-        module: tuple(tensors[f"base_model.model.{module}.lora_{side}.weight"].double() for side in "AB")  # type: ignore[misc]
-        for module in modules
-    }
+    stored = {module: f"base_model.model.{module}.lora_" for module in modules}
+    return {m: (tensors[f"{key}A.weight"].double(), tensors[f"{key}B.weight"].double()) for m, key in stored.items()}
 
 
 def merged_weights(case: Case, output: Path) -> dict[str, torch.Tensor]:

@@ -64,7 +64,8 @@ class Case:
             U, S, Vh = (stored[f"{name}.{factor}"].double() for factor in ("U", "S", "Vh"))
             model.get_submodule(name).weight.data = oriented(self.name, U @ torch.diag(S) @ Vh)
         with torch.no_grad():
-            return model.eval()(input_ids=torch.tensor(INPUT_IDS)).logits
+            logits: torch.Tensor = model.eval()(input_ids=torch.tensor(INPUT_IDS)).logits
+        return logits
 
 
 def make_case(family: str, folder: Path) -> Case:
@@ -127,20 +128,26 @@ def train_script(folder: Path) -> Path:
 
 
 def run_in_both(script: str, jobs: dict[str, dict[str, Any]]) -> None:
-    """Run a script in the old and the new environment at the same time; the tests' environment variables stay out."""
-    running = {}
-    for name, job in jobs.items():
-        output = Path(job["output"])
-        output.mkdir(exist_ok=True)
-        path = output / f"{script}.json"
-        path.write_text(json.dumps(job), encoding="utf-8")
-        variables = {"PATH": os.environ["PATH"], "HF_HUB_OFFLINE": "1", "HF_HOME": str(output / "hf")}
-        command = [Environment(name).python, "-I", HERE / "scripts" / f"{script}.py", path]
-        with (output / f"{script}.log").open("wb") as log:
-            variables["OMP_NUM_THREADS"] = "1"
-            process = subprocess.Popen(command, stdout=log, stderr=log, cwd=output, env=variables)
-        running[name] = (process, output / f"{script}.log")
-    for name, (process, log_path) in running.items():
-        if process.wait(timeout=300):
-            tail = log_path.read_text(encoding="utf-8", errors="replace")[-2000:]
-            raise RuntimeError(f"{script}.py failed in the {name} environment:\n{tail}")
+    """Run a script in the old and the new environment at the same time; the tests' environment variables stay out.
+
+    Raises RuntimeError with the end of its output if it fails, and leaves no process behind.
+    """
+    running: dict[str, subprocess.Popen[bytes]] = {}
+    logs = {name: Path(job["output"]) / f"{script}.log" for name, job in jobs.items()}
+    try:
+        for name, job in jobs.items():
+            path = logs[name].with_suffix(".json")
+            path.write_text(json.dumps(job), encoding="utf-8")
+            command = [str(Environment(name).python), "-I", str(HERE / "scripts" / f"{script}.py"), str(path)]
+            variables = {"PATH": os.environ["PATH"], "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+            variables["HF_HOME"] = str(path.parent / "hf")
+            with logs[name].open("wb") as log:
+                running[name] = subprocess.Popen(command, stdout=log, stderr=log, cwd=path.parent, env=variables)
+        for name, process in running.items():
+            if process.wait():
+                tail = logs[name].read_text(encoding="utf-8", errors="replace")[-2000:]
+                raise RuntimeError(f"{script}.py failed in the {name} environment:\n{tail}")
+    finally:
+        for process in running.values():
+            process.kill()
+            process.wait()

@@ -112,9 +112,9 @@ def test_without_data_only_rounding_counts_as_nothing(shape: tuple[int, int]) ->
 
 
 @pytest.mark.parametrize("side", SIDES)
-def test_a_bfloat16_weight_is_taken_at_its_exact_value(side: Side) -> None:
-    W, X = weight(12, 20).bfloat16(), inputs(100, 20)
-    data = gram(X, W.double(), side)
+def test_a_bfloat16_weight_is_taken_at_its_exact_value(side: Side, device: str) -> None:
+    W, X = weight(12, 20).bfloat16().to(device), inputs(100, 20)
+    data = gram(X, W.double().cpu(), side)
     low_rank, reference = decompose(W, 5, data), decompose(W.double(), 5, data)
     for name in ("U", "S", "Vh", "energies"):
         assert torch.equal(getattr(low_rank, name), getattr(reference, name))
@@ -170,13 +170,14 @@ def test_a_rank_that_the_shape_does_not_have_is_refused(rank: int) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_a_value_that_is_not_finite_is_refused_by_name(value: float) -> None:
+def test_a_value_that_is_not_finite_is_refused_by_name(value: float, device: str) -> None:
     W, X = weight(12, 20), inputs(50, 20)
     for side in SIDES:
         data = gram(X, W, side)
         data.matrix[1, 2] = value
         with pytest.raises(NumericalError, match="the Gram matrix holds NaN or infinity"):
-            decompose(W, 5, data)
+            decompose(W.to(device), 5, data)
     W[3, 4] = value
-    with pytest.raises(NumericalError, match="the weight holds NaN or infinity"):
-        decompose(W, 5)
+    for dtype in (torch.float64, torch.bfloat16):
+        with pytest.raises(NumericalError, match="the weight holds NaN or infinity"):
+            decompose(W.to(device, dtype), 5)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from emloc_tools.errors import InputError, MismatchError, NumericalError, UnsupportedError
+from emloc_tools.errors import InputError, MismatchError, UnsupportedError
 from emloc_tools.files.calibration import MANIFEST as CALIBRATION
 from emloc_tools.files.calibration import Calibration
 from emloc_tools.files.emulator import FLOATS
@@ -22,14 +22,13 @@ from emloc_tools.files.manifest import (
 )
 from emloc_tools.files.tensors import MAX_SHARD_SIZE, TensorSpec, read_json
 from emloc_tools.linalg.allocate import adaptive_ranks, uniform_ranks
-from emloc_tools.linalg.lowrank import decompose, principal_directions
-from emloc_tools.models.base import BaseModel, choose_device, open_base, oriented, weight_name
+from emloc_tools.models.base import BaseModel, choose_device, open_base, weight_name
 from emloc_tools.models.companions import copy_companions
 from emloc_tools.models.layers import select_layers
 from emloc_tools.models.modeling import FILE, emulator_name, modeling_source
-from emloc_tools.models.weights import ModelWeights
-from emloc_tools.records import Allocation, Gram, Layer, LowRank, Progress, Step, silent
+from emloc_tools.records import Allocation, Layer, LowRank, Progress, silent
 from emloc_tools.stages.budget import budget_ratio
+from emloc_tools.stages.decomposer import Decomposer
 from emloc_tools.stages.refusals import require_apart, require_artifact, require_original, require_own_weights
 
 
@@ -80,7 +79,7 @@ def build_emulator(
         require_own_weights(layers, weights.source_of)
         specs = {name: TensorSpec(name, *weights.stored_spec(name)) for name in weights.stored_names()}
         stored_dtype = _factor_dtype(specs[weight_name(layers[0])], dtype)
-        factory = _Factory(weights, statistics, device, getattr(torch, eigen_dtype), stored_dtype, progress)
+        decomposer = Decomposer(weights, statistics, device, getattr(torch, eigen_dtype), stored_dtype, progress)
         uniform = None
         if ranks is not None:
             _check_ranks(ranks, layers, any(value is not None for value in (ratio, params, size)))
@@ -89,7 +88,7 @@ def build_emulator(
             chosen = {weight_name(layer) for layer in layers}
             dense = [spec for spec in specs.values() if spec.name not in chosen]
             uniform = budget_ratio(dense, of_layers, stored_dtype, ratio=ratio, params=params, size=size)
-            ranks = _spend(factory, layers, uniform, allocation)
+            ranks = _spend(decomposer, layers, uniform, allocation)
         factored = {layer.name: layer for layer in layers if layer.name in ranks}
         replaced = {weight_name(layer) for layer in factored.values()}
         folder = stack.enter_context(new_folder(output, overwrite=overwrite))
@@ -111,7 +110,7 @@ def build_emulator(
                 writer.write_dense(name, weights.load([name])[name])
         records = {}
         for layer in factored.values():
-            low_rank = factory.decompose(layer, ranks[layer.name], len(factored))
+            low_rank = decomposer.decompose(layer, ranks[layer.name], len(factored))
             writer.write_factors(layer.name, low_rank.U, low_rank.S, low_rank.Vh)
             records[layer.name] = _record(layer, low_rank, weights.hashes[weight_name(layer)])
         copy_companions(opened.source, folder)
@@ -136,7 +135,7 @@ def build_emulator(
     return WrittenEmulator(output, manifest, writer.tensors.total_size, left_dense)
 
 
-def _spend(factory: _Factory, layers: Sequence[Layer], ratio: float, allocation: Allocation) -> dict[str, int]:
+def _spend(decomposer: Decomposer, layers: Sequence[Layer], ratio: float, allocation: Allocation) -> dict[str, int]:
     """The ranks that keep to the values of a uniform `ratio`."""
     ranks = uniform_ranks(layers, ratio)
     if not ranks:
@@ -146,7 +145,7 @@ def _spend(factory: _Factory, layers: Sequence[Layer], ratio: float, allocation:
         )
     if allocation == "adaptive":
         spent = [layer for layer in layers if layer.name in ranks]
-        return adaptive_ranks(layers, {layer.name: factory.shares(layer, len(spent)) for layer in spent}, ratio)
+        return adaptive_ranks(layers, {layer.name: decomposer.shares(layer, len(spent)) for layer in spent}, ratio)
     return ranks
 
 
@@ -161,61 +160,6 @@ def _check_ranks(ranks: Mapping[str, int], layers: Sequence[Layer], has_budget: 
             raise InputError(f"ranks= gives {name} the rank {rank}, which is outside 1 to {largest[name]}")
     if not ranks:
         raise InputError("ranks= is empty; name at least one layer")
-
-
-class _Factory:
-    """Reads a layer's weight and Gram, checks that they belong together, and decomposes."""
-
-    def __init__(
-        self,
-        weights: ModelWeights,
-        calibration: Calibration | None,
-        device: str,
-        dtype: torch.dtype,
-        stored: torch.dtype,
-        progress: Progress,
-    ) -> None:
-        self._weights, self._calibration, self._device = weights, calibration, device
-        self._dtype, self._stored = dtype, stored
-        self._progress, self._done = progress, {"ranks": 0, "factors": 0}
-
-    def shares(self, layer: Layer, total: int) -> torch.Tensor:
-        """The parts of the layer's output energy along its principal directions, descending, float64."""
-        energies, _ = principal_directions(self._weight(layer), self._gram(layer), dtype=self._dtype)
-        self._report("ranks", total, layer.name)
-        energies = energies.double().cpu()
-        return energies / energies.sum().clamp(min=torch.finfo(torch.float64).tiny)
-
-    def decompose(self, layer: Layer, rank: int, total: int) -> LowRank:
-        """The layer's factors."""
-        try:
-            low_rank = decompose(self._weight(layer), rank, self._gram(layer), dtype=self._dtype)
-        except NumericalError as error:
-            raise NumericalError(f"layer {layer.name}: {error}") from error
-        for factor in (low_rank.U, low_rank.S, low_rank.Vh):
-            if not torch.isfinite(factor.to(self._stored)).all():
-                raise NumericalError(f"layer {layer.name}: its factors exceed {self._stored}; use --dtype float32")
-        self._report("factors", total, f"{layer.name}: rank {rank}, relative error {low_rank.relative_error:.3f}")
-        return low_rank
-
-    def _weight(self, layer: Layer) -> torch.Tensor:
-        name = weight_name(layer)
-        weight = self._weights.load([name])[name]
-        if self._calibration is not None:
-            expected = self._calibration.manifest.layers[layer.name].weight_hash
-            if self._weights.hashes[name] != expected:
-                raise MismatchError(
-                    f"{name} is not the weight that was calibrated: the calibration in {self._calibration.folder} "
-                    f"was made from {self._calibration.manifest.base.id}; use that base, or calibrate this one"
-                )
-        return oriented(layer, weight).to(self._device)
-
-    def _gram(self, layer: Layer) -> Gram | None:
-        return None if self._calibration is None else self._calibration.gram(layer.name)
-
-    def _report(self, title: str, total: int, detail: str) -> None:
-        self._done[title] += 1
-        self._progress(Step(title, self._done[title], total, detail))
 
 
 def _open_calibration(folder: Path) -> contextlib.closing[Calibration]:

@@ -12,22 +12,16 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from emloc_tools.errors import InputError, MismatchError, NumericalError, UnsupportedError
+from emloc_tools.errors import InputError, NumericalError
 from emloc_tools.files.adapter import CONFIG as ADAPTER
 from emloc_tools.files.adapter import Adapter
 from emloc_tools.files.emulator import MANIFEST as EMULATOR
-from emloc_tools.files.emulator import Emulator
-from emloc_tools.files.tensors import TensorFolder
-from emloc_tools.models.base import choose_device, open_base
+from emloc_tools.models.base import choose_device
 from emloc_tools.models.data import Batch, load_batches
-from emloc_tools.models.layers import describe
-from emloc_tools.models.loading import emulator_class
-from emloc_tools.models.lora import LoraPair, attach_loras, match_module
-from emloc_tools.models.skeleton import build_skeleton, compute_dtype, load_config
-from emloc_tools.models.source import Source
+from emloc_tools.models.lora import LoraPair, attach_loras
 from emloc_tools.models.stream import LockStep
-from emloc_tools.models.weights import ModelWeights
 from emloc_tools.records import Progress, Step, silent
+from emloc_tools.stages.candidates import Target, load_pairs, open_base_target, open_emulator_target, require_shapes
 from emloc_tools.stages.refusals import require_artifact, require_original, require_plain_lora
 
 ROWS_PER_SOFTMAX = 512  # bounds the float32 copy of the logits: 512 x 128256 x 4 bytes = 263 MB
@@ -79,7 +73,7 @@ def evaluate(
     if base is None and emulator is None:
         raise InputError("give --base, --emulator or both")
     device = choose_device(device)
-    loaded = {path: _load_adapter(path) for path in adapters}
+    loaded = {path: _load(path) for path in adapters}
     if base is None:
         for path, (_, corrected) in loaded.items():
             if corrected:
@@ -87,9 +81,10 @@ def evaluate(
     opened = []
     if base is not None:
         require_original(base)
-        opened.append(_open_base_model(base, revision, dtype, trust_remote_code))
+        opened.append(open_base_target(base, revision, dtype, trust_remote_code))
     if emulator is not None:
-        opened.append(_open_emulator(emulator, dtype))
+        require_artifact(emulator, EMULATOR, "an emulator")
+        opened.append(open_emulator_target(emulator, dtype))
     results = []
     for number, target in enumerate(opened):
         usable = {
@@ -106,7 +101,7 @@ def evaluate(
         )
         variants = [None, *usable]
         for name, pairs in usable.items():
-            _require_shapes(target, name, pairs)
+            require_shapes(target, name, pairs)
         with target.tensors:
             sums = _run(target, batches, list(usable.values()), device, number, len(opened), progress)
         for variant, total in zip(variants, sums, strict=True):
@@ -115,16 +110,12 @@ def evaluate(
     return results
 
 
-@dataclass(frozen=True)
-class _Target:
-    """A model to evaluate."""
-
-    name: str
-    is_emulator: bool
-    source: Source
-    model: nn.Module
-    weights: ModelWeights
-    tensors: TensorFolder
+def _load(path: Path) -> tuple[dict[str, LoraPair], bool]:
+    """The pairs of an adapter, and whether `correct` wrote it."""
+    require_artifact(path, ADAPTER, "a PEFT adapter")
+    with contextlib.closing(Adapter(path)) as adapter:
+        require_plain_lora(adapter)
+        return load_pairs(adapter), adapter.corrected
 
 
 @dataclass
@@ -143,62 +134,8 @@ class _Sum:
         return Evaluation(model, adapter, corrected, self.loss / self.tokens, self.correct / self.tokens, self.tokens)
 
 
-def _open_base_model(base: str, revision: str | None, dtype: str, trust_remote_code: bool) -> _Target:
-    opened = open_base(base, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
-    _require_causal(opened.architecture)
-    return _Target("base", False, opened.source, opened.model, opened.weights(), opened.tensors)
-
-
-def _open_emulator(folder: Path, dtype: str) -> _Target:
-    require_artifact(folder, EMULATOR, "an emulator")
-    bundle = Emulator(folder)
-    architecture = bundle.manifest.base.architecture
-    _require_causal(architecture)
-    source = Source(str(folder), None, folder)
-    config = load_config(source)
-    model = build_skeleton(emulator_class(architecture), config, dtype=compute_dtype(config, dtype))
-    weights = ModelWeights(model, bundle.tensors, convert=False)
-    return _Target("emulator", True, source, model, weights, bundle.tensors)
-
-
-def _require_causal(architecture: str) -> None:
-    from transformers.models.auto import modeling_auto
-
-    causal = set(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
-    if architecture not in causal:
-        raise UnsupportedError(
-            f"{architecture} does not predict the next token; evaluate works for causal language models"
-        )
-
-
-def _load_adapter(path: Path) -> tuple[dict[str, LoraPair], bool]:
-    require_artifact(path, ADAPTER, "a PEFT adapter")
-    with contextlib.closing(Adapter(path)) as adapter:
-        require_plain_lora(adapter)
-        if adapter.other_tensors:
-            raise UnsupportedError(
-                f"{path} holds {adapter.other_tensors[0]} beside LoRA pairs, which evaluate cannot apply"
-            )
-        pairs = {module: LoraPair(*adapter.pair(module), keys.scaling) for module, keys in adapter.loras.items()}
-        return pairs, adapter.corrected
-
-
-def _require_shapes(target: _Target, path: str, pairs: Mapping[str, LoraPair]) -> None:
-    modules = dict(target.model.named_modules())
-    for name, pair in pairs.items():
-        module = match_module(name, [other for other, candidate in modules.items() if hasattr(candidate, "weight")])
-        if module is None:
-            raise MismatchError(f"{path} adapts {name}, which the {target.name} does not have")
-        layer = describe(module, modules[module])
-        if (pair.B.shape[0], pair.A.shape[1]) != (layer.out_features, layer.in_features):
-            raise MismatchError(
-                f"{path} holds a pair for {name} of {pair.B.shape[0]} x {pair.A.shape[1]}, the layer of the "
-                f"{target.name} is {layer.out_features} x {layer.in_features}; it was trained on another model"
-            )
-
-
 def _run(
-    target: _Target,
+    target: Target,
     batches: Sequence[Batch],
     adapters: Sequence[Mapping[str, LoraPair]],
     device: str,

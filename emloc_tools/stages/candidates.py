@@ -1,0 +1,86 @@
+"""The models and adapters that `evaluate` compares, opened and checked before any of them runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from emloc_tools.errors import MismatchError, UnsupportedError
+from emloc_tools.files.adapter import Adapter
+from emloc_tools.files.emulator import Emulator
+from emloc_tools.files.tensors import TensorFolder
+from emloc_tools.models.base import open_base
+from emloc_tools.models.layers import describe
+from emloc_tools.models.loading import emulator_class
+from emloc_tools.models.lora import LoraPair, match_module
+from emloc_tools.models.skeleton import build_skeleton, compute_dtype, load_config
+from emloc_tools.models.source import Source
+from emloc_tools.models.weights import ModelWeights
+
+
+@dataclass(frozen=True)
+class Target:
+    """A model to evaluate."""
+
+    name: str
+    is_emulator: bool
+    source: Source
+    model: nn.Module
+    weights: ModelWeights
+    tensors: TensorFolder
+
+
+def open_base_target(base: str, revision: str | None, dtype: str, trust_remote_code: bool) -> Target:
+    """The base. Raises `UnsupportedError` for a model that does not predict the next token."""
+    opened = open_base(base, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
+    _require_causal(opened.architecture)
+    return Target("base", False, opened.source, opened.model, opened.weights(), opened.tensors)
+
+
+def open_emulator_target(folder: Path, dtype: str) -> Target:
+    """The emulator, whose own code is not run. Raises as `open_base_target`."""
+    bundle = Emulator(folder)
+    architecture = bundle.manifest.base.architecture
+    _require_causal(architecture)
+    source = Source(str(folder), None, folder)
+    config = load_config(source)
+    model = build_skeleton(emulator_class(architecture), config, dtype=compute_dtype(config, dtype))
+    weights = ModelWeights(model, bundle.tensors, convert=False)
+    return Target("emulator", True, source, model, weights, bundle.tensors)
+
+
+def load_pairs(adapter: Adapter) -> dict[str, LoraPair]:
+    """The pairs of an adapter by module. Raises `UnsupportedError` if it holds anything else."""
+    if adapter.other_tensors:
+        raise UnsupportedError(
+            f"{adapter.folder} holds {adapter.other_tensors[0]} beside LoRA pairs, which evaluate cannot apply"
+        )
+    return {module: LoraPair(*adapter.pair(module), keys.scaling) for module, keys in adapter.loras.items()}
+
+
+def require_shapes(target: Target, path: str, pairs: Mapping[str, LoraPair]) -> None:
+    """Refuse the adapter in `path` if one of its pairs does not fit the model."""
+    modules = dict(target.model.named_modules())
+    for name, pair in pairs.items():
+        module = match_module(name, [other for other, candidate in modules.items() if hasattr(candidate, "weight")])
+        if module is None:
+            raise MismatchError(f"{path} adapts {name}, which the {target.name} does not have")
+        layer = describe(module, modules[module])
+        if (pair.B.shape[0], pair.A.shape[1]) != (layer.out_features, layer.in_features):
+            raise MismatchError(
+                f"{path} holds a pair for {name} of {pair.B.shape[0]} x {pair.A.shape[1]}, the layer of the "
+                f"{target.name} is {layer.out_features} x {layer.in_features}; it was trained on another model"
+            )
+
+
+def _require_causal(architecture: str) -> None:
+    from transformers.models.auto import modeling_auto
+
+    causal = set(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    if architecture not in causal:
+        raise UnsupportedError(
+            f"{architecture} does not predict the next token; evaluate works for causal language models"
+        )

@@ -1,0 +1,83 @@
+"""Reads a layer's weight and Gram, one at a time, and decomposes."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+from emloc_tools.errors import MismatchError, NumericalError
+from emloc_tools.files.calibration import Calibration
+from emloc_tools.linalg.lowrank import decompose, principal_directions
+from emloc_tools.models.base import oriented, weight_name
+from emloc_tools.models.weights import ModelWeights
+from emloc_tools.records import Gram, Layer, LowRank, Progress, Step
+
+
+class Decomposer:
+    """Reads a layer's weight and Gram, checks that they belong together, and decomposes.
+
+    Decompositions run in `dtype` on `device`; the factors are to be stored as `stored`. `total` is the number of
+    layers, for the progress.
+    """
+
+    def __init__(
+        self,
+        weights: ModelWeights,
+        calibration: Calibration | None,
+        device: str,
+        dtype: torch.dtype,
+        stored: torch.dtype,
+        progress: Progress,
+    ) -> None:
+        self._weights, self._calibration, self._device = weights, calibration, device
+        self._dtype, self._stored = dtype, stored
+        self._progress, self._done = progress, {"ranks": 0, "factors": 0}
+
+    def shares(self, layer: Layer, total: int) -> torch.Tensor:
+        """The parts of the layer's output energy along its principal directions, descending, float64."""
+        with _naming(layer):
+            energies, _ = principal_directions(self._weight(layer), self._gram(layer), dtype=self._dtype)
+        self._report("ranks", total, layer.name)
+        energies = energies.double().cpu()
+        return energies / energies.sum().clamp(min=torch.finfo(torch.float64).tiny)
+
+    def decompose(self, layer: Layer, rank: int, total: int) -> LowRank:
+        """The layer's factors, which are finite in the dtype that they will be stored in."""
+        with _naming(layer):
+            low_rank = decompose(self._weight(layer), rank, self._gram(layer), dtype=self._dtype)
+            for factor in (low_rank.U, low_rank.S, low_rank.Vh):
+                if not torch.isfinite(factor.to(self._stored)).all():
+                    stored = str(self._stored).removeprefix("torch.")
+                    raise NumericalError(f"its factors exceed the range of {stored}; use --dtype float32")
+        self._report("factors", total, f"{layer.name}: rank {rank}, relative error {low_rank.relative_error:.3f}")
+        return low_rank
+
+    def _weight(self, layer: Layer) -> torch.Tensor:
+        name = weight_name(layer)
+        weight = self._weights.load([name])[name]
+        if self._calibration is not None:
+            expected = self._calibration.manifest.layers[layer.name].weight_hash
+            if self._weights.hashes[name] != expected:
+                raise MismatchError(
+                    f"{name} is not the weight that was calibrated: the calibration in {self._calibration.folder} "
+                    f"was made from {self._calibration.manifest.base.id}; use that base, or calibrate this one"
+                )
+        return oriented(layer, weight).to(self._device)
+
+    def _gram(self, layer: Layer) -> Gram | None:
+        return None if self._calibration is None else self._calibration.gram(layer.name)
+
+    def _report(self, title: str, total: int, detail: str) -> None:
+        self._done[title] += 1
+        self._progress(Step(title, self._done[title], total, detail))
+
+
+@contextlib.contextmanager
+def _naming(layer: Layer) -> Iterator[None]:
+    """Put the layer's name before the message of a numerical error."""
+    try:
+        yield
+    except NumericalError as error:
+        raise NumericalError(f"layer {layer.name}: {error}") from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-LONGEST_PART = 300  # characters of a path, a field or a message that come from a file nobody vouches for
+LONGEST_PART = 300  # characters of a field or a message, which may come from a file nobody vouches for
 
 
 class EmlocError(Exception):
@@ -22,8 +22,8 @@ class FormatError(EmlocError):
 
     def __init__(self, rule: str, file: object, field: str, message: str) -> None:
         self.rule, self.file, self.field = rule, str(file), field
-        where = f"{_one_line(self.file)}: {_one_line(field)}" if field else _one_line(self.file)
-        super().__init__(f"{where}: {_one_line(message)} (format rule {rule})")
+        where = f"{_one_line(self.file)}: {_one_line(_short(field))}" if field else _one_line(self.file)
+        super().__init__(f"{where}: {_one_line(_short(message))} (format rule {rule})")
 
 
 class MismatchError(EmlocError):
@@ -38,8 +38,10 @@ class NumericalError(EmlocError):
     """NaN or infinity, or a decomposition that did not converge."""
 
 
+def _short(text: str) -> str:
+    return text if len(text) <= LONGEST_PART else f"{text[:LONGEST_PART]}…"
+
+
 def _one_line(text: str) -> str:
-    """Names in a damaged file may hold line breaks, terminal escapes, lone surrogates or a megabyte of anything."""
-    if len(text) > LONGEST_PART:
-        text = f"{text[:LONGEST_PART]}…"
+    """Names in a damaged file may hold line breaks, terminal escapes or halves of surrogate pairs."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

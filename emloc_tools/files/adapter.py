@@ -18,7 +18,7 @@ from emloc_tools.errors import FormatError
 from emloc_tools.files.folders import write_json
 from emloc_tools.files.json_files import parse_object, read_json
 from emloc_tools.files.manifest import AdapterManifest, manifest_dict, read_manifest
-from emloc_tools.files.opening import path_inside
+from emloc_tools.files.opening import file_inside, path_inside
 from emloc_tools.files.patterns import ModulePattern
 from emloc_tools.files.tensors import ShardedWriter, TensorFolder, TensorSpec, content_hash
 
@@ -50,7 +50,7 @@ class Adapter:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.config_path, self.weights_path = folder / CONFIG, folder / WEIGHTS
-        self.config = read_json(self.config_path, "A1")
+        self.config = read_json(file_inside(folder, CONFIG, "A1"), "A1")
         if self.config.get("peft_type") != "LORA":
             message = f"is {reprlib.repr(self.config.get('peft_type'))}; only LORA adapters can be used"
             raise FormatError("A2", self.config_path, "peft_type", message)

@@ -12,7 +12,7 @@ import torch
 from emloc_tools.errors import FormatError
 from emloc_tools.files.json_files import read_json, whole_number
 from emloc_tools.files.manifest import EmulatorManifest, FactoredLayer, read_manifest
-from emloc_tools.files.opening import path_inside
+from emloc_tools.files.opening import file_inside, path_inside
 from emloc_tools.files.tensors import TensorFolder, content_hash
 
 MANIFEST = "emulator.json"
@@ -69,7 +69,7 @@ class Emulator:
         return path_inside(self.folder, name, "E4")
 
     def _check_config(self) -> None:
-        path = self.folder / CONFIG
+        path = file_inside(self.folder, CONFIG, "E7")
         config = read_json(path, "E7")
         ranks = {name: layer.rank for name, layer in self.layers.items()}
         own = config.get("emloc")

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 import emloc_tools
 from emloc_tools.errors import FormatError
 from emloc_tools.files.json_files import parse_json_file, read_bytes, whole_number
+from emloc_tools.files.opening import file_inside
 from emloc_tools.records import Allocation, Orientation, Side
 
 LARGEST = 2**53 - 1  # the largest integer that every JSON reader holds exactly
@@ -183,7 +184,7 @@ def read_manifest(path: Path, model: type[Manifest], *, rules: tuple[str, str, s
     so that a later version is called that and not a damaged file.
     """
     readable, known, fields = rules
-    data = read_bytes(path, readable)
+    data = read_bytes(file_inside(path.parent, path.name, readable), readable)
     value = parse_json_file(path, data, readable)
     for key in ("format", "format_version"):
         found, expected = value.get(key), model.model_fields[key].default

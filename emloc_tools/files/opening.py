@@ -44,6 +44,14 @@ def path_inside(folder: Path, name: str, rule: str) -> Path | None:
     return path
 
 
+def file_inside(folder: Path, name: str, rule: str) -> Path:
+    """`path_inside` for a file that must be there."""
+    path = path_inside(folder, name, rule)
+    if path is None:
+        raise FormatError(rule, folder / name, "", "does not exist")
+    return path
+
+
 def reason(error: Exception) -> str:
     """What the operating system says of an error, without the path."""
     return getattr(error, "strerror", None) or str(error)

@@ -17,7 +17,9 @@ from tests.formats.golden import golden, read_all
 HASHED = [("calibration", "ok-shared-input"), ("emulator", "ok-linear-shards"), ("adapter", "ok-corrected")]
 FOLDERS = [*HASHED, ("emulator", "ok-conv1d-bfloat16"), ("adapter", "ok-trained-rslora-patterns")]
 TELLING = b'0123456789-+.eE[]{}",:\\/ntru\x00\xff'
-quick = settings(max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+quick = settings(
+    max_examples=120, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None
+)
 
 
 def copied(kind: str, name: str, root: Path) -> Path:
@@ -105,6 +107,16 @@ def test_a_file_cut_anywhere_or_missing_is_refused(tmp_path: Path, kind: str, na
                 read_all(kind, folder)
             path.write_bytes(data)
     assert equal(read_all(kind, folder), read_all(kind, golden(kind, name)))
+
+
+@pytest.mark.parametrize(("kind", "name"), FOLDERS)
+def test_a_link_out_of_the_folder_in_the_place_of_any_file_is_refused(tmp_path: Path, kind: str, name: str) -> None:
+    for file in sorted(path.name for path in golden(kind, name).iterdir() if path.suffix != ".md"):
+        folder = copied(kind, name, tmp_path)
+        (folder / file).replace(tmp_path / "elsewhere")
+        (folder / file).symlink_to(tmp_path / "elsewhere")  # the very same content
+        with pytest.raises(FormatError, match="is a link that leads out of its folder"):
+            read_all(kind, folder)
 
 
 @pytest.mark.parametrize(("kind", "name"), FOLDERS)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import xxhash
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
@@ -220,6 +220,7 @@ def test_the_content_hash_tells_dtype_shape_order_and_values_apart() -> None:
     assert content_hash(matrix.T.contiguous().T) == content_hash(matrix)  # the layout in memory does not count
 
 
+@settings(derandomize=True, deadline=None)
 @given(st.binary(max_size=200))
 def test_random_bytes_are_refused_or_read(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
     path = put(tmp_path_factory.getbasetemp(), "random.safetensors", data)
@@ -232,6 +233,7 @@ def test_random_bytes_are_refused_or_read(tmp_path_factory: pytest.TempPathFacto
     file.close()
 
 
+@settings(derandomize=True, deadline=None)
 @given(st.data())
 def test_a_mutated_header_is_refused_or_describes_the_same_bytes(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject

@@ -20,9 +20,12 @@ SCHEMA_RULE = {"calibration": "C3", "emulator": "E3", "adapter": "A9"}
 OF_JSON_OR_VERSION = {"C1", "C2", "E1", "E2", "A7", "A8"}
 
 
-def spec_rules(kind: str) -> list[str]:
+def spec_rules(kind: str) -> dict[str, str]:
+    """The text of every numbered rule."""
     text = (FORMATS / kind / "SPEC.md").read_text(encoding="utf-8")
-    return re.findall(r"^- \*\*([A-Z]\d+)\*\* ", text, re.MULTILINE)
+    items = re.findall(r"^- \*\*([A-Z]\d+)\*\* (.*(?:\n  .*)*)", text, re.MULTILINE)
+    assert len({number for number, _ in items}) == len(items)
+    return {number: " ".join(rule.split()) for number, rule in items}
 
 
 def rules_in_code() -> set[str]:
@@ -42,12 +45,12 @@ def schema(kind: str) -> jsonschema.Draft202012Validator:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_rules_are_numbered_without_gap_and_each_is_one_sentence_of_must(kind: str) -> None:
-    assert spec_rules(kind) == [f"{LETTER[kind]}{number}" for number in range(1, len(spec_rules(kind)) + 1)]
-    for line in (FORMATS / kind / "SPEC.md").read_text(encoding="utf-8").splitlines():
-        if line.startswith("- **"):
-            assert "MUST" in line, line
-            assert line.endswith("."), line
-            assert not re.search(r"\. [A-Z]", line), f"more than one sentence: {line}"
+    rules = spec_rules(kind)
+    assert list(rules) == [f"{LETTER[kind]}{number}" for number in range(1, len(rules) + 1)]
+    for number, rule in rules.items():
+        assert "MUST" in rule, number
+        assert rule.endswith("."), number
+        assert not re.search(r"\. [A-Z]", rule), f"more than one sentence: {number} {rule}"
 
 
 def test_the_readers_raise_exactly_the_specified_rules() -> None:

@@ -51,10 +51,25 @@ class Gram:
 
 
 @dataclass(frozen=True)
+class GradientGram:
+    """Second moments of the loss gradient g at a layer's output, summed (not averaged) over `tokens` tokens.
+
+    `matrix` is `Σ g gᵀ (out, out)` when `side` is `output`, or that of the gradient at the layer's input,
+    `Σ (Wᵀ g)(Wᵀ g)ᵀ (in, in)`, when `side` is `input`; symmetric, float32. `energy` is `Σ ‖g‖²` in either case.
+    """
+
+    matrix: torch.Tensor
+    side: Side
+    tokens: int
+    energy: float
+
+
+@dataclass(frozen=True)
 class LowRank:
     """A layer's emulator `W_E = U diag(S) Vh`, and how it came about.
 
-    `U (out, k)` has orthonormal columns, `S (k,)` is positive and non-increasing, `Vh (k, in)`; float32.
+    `U (out, k)` has orthonormal columns unless the error was weighted by the loss gradient (then the energies are,
+    too), `S (k,)` is positive and non-increasing, `Vh (k, in)`; float32.
     `energies (min(out, in),)` are the squared output magnitudes per direction, descending, float64: per token
     with calibration data, squared singular values of W without.
     `energetic` directions carry calibration energy; directions of U beyond them were filled in from the

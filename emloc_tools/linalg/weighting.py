@@ -1,0 +1,98 @@
+"""Emulators whose error is weighted by how much the loss minds it.
+
+To first order an error at a layer's output changes the loss by its product with the loss gradient g there. So the
+error is measured as ‖Rᵀ (W − W_E) Xᵀ‖ with `H = R Rᵀ` the second moments of g, damped, instead of ‖(W − W_E) Xᵀ‖: a
+direction of the output that the loss does not mind may be wrong. (The Kronecker-factored curvature of the loss in W
+is `E[g gᵀ] ⊗ E[x xᵀ]`; this is its norm.)
+
+In suitable coordinates, `W = back · W̃`, that is the unweighted problem for W̃, so `lowrank.decompose` does the work:
+
+- out ≤ in: `W̃ = Rᵀ W`, `back = R⁻ᵀ`.
+- out > in: H (out, out) is not needed. `Wᵀ H W = L Lᵀ (in, in)` is the second moment of `Wᵀ g`, which is the gradient
+  at the layer's input; `W̃ = Lᵀ`, `back = W L⁻ᵀ`, for `‖Rᵀ W (I − Q) Xᵀ‖ = ‖Lᵀ (I − Q) Xᵀ‖` for every Q.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from emloc_tools.errors import NumericalError
+from emloc_tools.linalg.lowrank import decompose, output_energies
+from emloc_tools.records import GradientGram, Gram, LowRank
+
+DAMPING = 0.05  # of the mean squared gradient, added to every direction: none is ever worth nothing
+
+
+def decompose_weighted(
+    W: torch.Tensor,
+    rank: int,
+    gram: Gram,
+    gradient: GradientGram,
+    *,
+    damping: float = DAMPING,
+    dtype: torch.dtype = torch.float64,
+) -> LowRank:
+    """The emulator of `W (out, in)` with `rank` directions that is best in the norm weighted by the loss gradient.
+
+    `energies` and the relative error that follows from them are weighted: H is scaled to a mean diagonal of 1, so they
+    compare with those of an unweighted emulator. U has no orthonormal columns; at full rank the factors give W.
+    Everything runs in `dtype` on W's device. Raises `NumericalError` as `lowrank.decompose` does.
+    """
+    weighted, weighted_gram, back = _coordinates(W.to(dtype), gram, gradient, damping)
+    low_rank = decompose(weighted, rank, weighted_gram, dtype=dtype)
+    return replace(low_rank, U=(back @ low_rank.U.to(dtype)).float())
+
+
+def loss_energies(
+    W: torch.Tensor,
+    gram: Gram,
+    gradient: GradientGram,
+    *,
+    damping: float = DAMPING,
+    dtype: torch.dtype = torch.float64,
+) -> torch.Tensor:
+    """What each direction of the weighted emulator is worth to the loss: `(min(out, in),)`, float64, descending.
+
+    These are weighted energies summed over tokens, in units of the squared loss, so layers can be compared.
+    """
+    weighted, weighted_gram, _ = _coordinates(W.to(dtype), gram, gradient, damping)
+    return output_energies(weighted, weighted_gram, dtype=dtype) * mean_square(gradient, W.shape[0])
+
+
+def mean_square(gradient: GradientGram, out_features: int) -> float:
+    """Mean squared entry of the loss gradient at the layer's output, over tokens and features."""
+    return gradient.energy / (out_features * max(1, gradient.tokens))
+
+
+def _coordinates(
+    W: torch.Tensor, gram: Gram, gradient: GradientGram, damping: float
+) -> tuple[torch.Tensor, Gram, torch.Tensor]:
+    """`W̃`, the Gram of the layer in its coordinates, and `back` with `W = back · W̃`."""
+    if not damping > 0:
+        raise ValueError(f"damping {damping:g} must be above 0")
+    matrix = gradient.matrix.to(W.device, W.dtype)
+    if not torch.isfinite(matrix).all():
+        raise NumericalError("the second moments of the gradient hold NaN or infinity")
+    out_features = W.shape[0]
+    mean = gradient.energy / out_features  # summed over tokens, as the matrix is
+    if mean == 0:  # a layer that the loss does not depend on: every direction counts the same
+        matrix, mean = torch.zeros_like(matrix), 1.0
+    if gradient.side == "output":
+        H = matrix / mean
+        H.diagonal().add_(damping)
+        R, _ = _roots(H / (1 + damping))
+        moved = gram if gram.side == "input" else replace(gram, matrix=R.T @ gram.matrix.to(R) @ R)
+        return R.T @ W, moved, torch.linalg.inv(R).T
+    L, inverse = _roots((matrix / mean + damping * (W.T @ W)) / (1 + damping))
+    return L.T, gram, W @ inverse.T
+
+
+def _roots(A: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`L` with `A = L Lᵀ` for the positive semidefinite A, and its pseudo-inverse."""
+    eigenvalues, Q = torch.linalg.eigh(A)
+    negligible = eigenvalues[-1] * len(A) * torch.finfo(A.dtype).eps
+    root = eigenvalues.clamp(min=0).sqrt()
+    inverse = torch.where(eigenvalues > negligible, 1 / root.clamp(min=torch.finfo(A.dtype).tiny), 0)
+    return Q * root, inverse[:, None] * Q.T

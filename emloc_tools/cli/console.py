@@ -49,7 +49,7 @@ def _console(*, stderr: bool = False) -> Console:
     stream = sys.stderr if stderr else sys.stdout
     if isinstance(stream, io.TextIOWrapper):
         stream.reconfigure(errors="backslashreplace")  # a name or sign that it cannot show is no reason to fail
-    console = Console(stderr=stderr, highlight=False, markup=False, emoji=False)
+    console = Console(stderr=stderr, highlight=False, emoji=False)
     if not console.is_terminal:
         console.width = WIDTH_OF_LOGS
     return console
@@ -64,7 +64,7 @@ def progress(*, hidden: bool) -> Iterator[Callable[[Step], None]]:
         return
     columns = (
         TextColumn("{task.description:<9}", markup=False),
-        BarColumn(bar_width=30),
+        BarColumn(bar_width=20),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TextColumn("left"),
@@ -93,7 +93,12 @@ def emit(value: Any, *, as_json: bool, quiet: bool, draw: Callable[[Console], No
 def warn(message: str, *, hidden: bool = False) -> None:
     """One line on stderr about a result that is complete but not what one would wish for."""
     if not hidden:
-        stderr().print(f"Warning: {' '.join(message.split())}", soft_wrap=True)
+        line(stderr(), f"Warning: {' '.join(message.split())}")
+
+
+def line(console: Console, text: str) -> None:
+    """A line as it is: never wrapped, and brackets in a path are no markup."""
+    console.print(text, soft_wrap=True, markup=False)
 
 
 def heading(console: Console, title: str) -> None:
@@ -107,14 +112,14 @@ def facts(console: Console, title: str, rows: Sequence[tuple[str, Any]]) -> None
     indent = max((len(name) for name, _ in rows), default=0) + 4
     for name, value in rows:
         text = "\n".join(_lines(value, console.width - indent))
-        console.print(f"  {name:<{indent - 2}}{text}".replace("\n", "\n" + " " * indent), soft_wrap=True)
+        line(console, f"  {name:<{indent - 2}}{text}".replace("\n", "\n" + " " * indent))
 
 
 def _lines(value: Any, width: int) -> list[str]:
     if isinstance(value, Verbatim):
         return [value]
     if isinstance(value, (list, tuple)):
-        return [line for item in value for line in _lines(item, width)] or ["none"]
+        return [text for item in value for text in _lines(item, width)] or ["none"]
     return textwrap.wrap(number(value), max(width, 20), break_long_words=False, break_on_hyphens=False) or [""]
 
 
@@ -139,8 +144,7 @@ def layer_table(
             cell.ljust(width) if to_left else cell.rjust(width)
             for cell, width, to_left in zip(row, widths, left, strict=True)
         )
-        line = Text("  ".join(aligned).rstrip(), style="bold" if row is columns else "")
-        console.print(line, soft_wrap=True)
+        console.print(Text("  ".join(aligned).rstrip(), style="bold" if row is columns else ""), soft_wrap=True)
 
 
 def _cell(value: Any, as_bar: bool, unicode: bool) -> str:
@@ -210,6 +214,6 @@ def in_tenths(console: Console) -> Callable[[Step], None]:
         tenth = 10 * step.done // max(step.total, 1)
         if tenth > shown.get(step.title, 0):
             shown[step.title] = tenth
-            console.print(f"{step.title}: {step.done} of {step.total}  {step.detail}".rstrip(), soft_wrap=True)
+            line(console, f"{step.title}: {step.done} of {step.total}  {step.detail}".rstrip())
 
     return show

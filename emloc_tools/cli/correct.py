@@ -117,4 +117,4 @@ def _draw(out: Console, result: CorrectionResult, base: str) -> None:
     ]
     console.layer_table(out, table)
     if len(largest) < len(layers) and result.output is not None:
-        out.print(f"All: {options.runnable('inspect', result.output)}", soft_wrap=True)
+        console.line(out, f"All: {options.runnable('inspect', result.output)}")

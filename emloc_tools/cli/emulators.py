@@ -59,4 +59,4 @@ def draw(out: Console, written: WrittenEmulator) -> None:
     ]
     console.layer_table(out, table, bars=["relative error"])
     if len(worst) < len(errors):
-        out.print(f"All: {options.runnable('inspect', written.folder)}", soft_wrap=True)
+        console.line(out, f"All: {options.runnable('inspect', written.folder)}")

@@ -21,7 +21,7 @@ LONG = (
 def paper(width: int = 80, encoding: str = "utf-8") -> Console:
     """A console that writes into memory."""
     file = io.TextIOWrapper(io.BytesIO(), encoding=encoding, write_through=True)
-    return Console(file=file, width=width, highlight=False, markup=False, emoji=False)
+    return Console(file=file, width=width, highlight=False, emoji=False)
 
 
 def text(of: Console) -> str:
@@ -46,9 +46,13 @@ def test_brackets_in_names_are_shown_as_they_are() -> None:
     out = paper()
     console.facts(out, "[bold]x", [("path", "runs[1]/[red]a")])
     console.layer_table(out, [{"layer": "[dim]x", "rank": 1}])
+    console.line(out, "All: inspect [link]")
+    console.in_tenths(out)(Step("build", 1, 1, "[red]layer"))
     assert "[bold]x" in text(out)
     assert "runs[1]/[red]a" in text(out)
     assert "[dim]x" in text(out)
+    assert "All: inspect [link]" in text(out)
+    assert "[red]layer" in text(out)
 
 
 def test_facts_wrap_between_words_under_their_value_but_never_a_command() -> None:

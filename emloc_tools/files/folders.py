@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -52,8 +53,10 @@ def new_folder(output: Path, *, overwrite: bool) -> Iterator[Path]:
         check_output(output, overwrite=overwrite)
         _replace(output, partial)
         _sync_folder(output.parent)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise InputError(f"cannot write into {output.parent}: {error.strerror}; nothing was kept") from error
         raise
 
 
@@ -65,8 +68,12 @@ def require_folder(path: Path, what: str) -> None:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON object, indented, keys in the given order, forced to disk."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    """Write a JSON object, indented, keys in the given order, forced to disk.
+
+    Bytes of a file name or command line that were no UTF-8 become question marks: JSON has no way to hold them.
+    """
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    write_text(path, text.encode("utf-8", "replace").decode("utf-8"))
 
 
 def write_text(path: Path, text: str) -> None:

@@ -64,7 +64,7 @@ class DataRecord(Strict):
     samples: Count
     tokens: Count
     max_length: Count | None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**64)]
+    seed: int
 
 
 class CalibratedLayer(Strict):

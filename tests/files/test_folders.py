@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -13,6 +14,7 @@ import pytest
 from emloc_tools.errors import InputError
 from emloc_tools.files import folders
 from emloc_tools.files.folders import MARKERS, check_output, new_folder, require_folder, write_json
+from emloc_tools.files.json_files import read_json
 
 
 def tree(root: Path) -> dict[str, str]:
@@ -176,6 +178,24 @@ def test_a_name_that_the_system_does_not_take_is_refused(tmp_path: Path) -> None
         produce(tmp_path / ("x" * 5000), overwrite=False, meanwhile=no_work)
 
 
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_the_user_s_to_mend_and_leaves_nothing(tmp_path: Path, code: int) -> None:
+    def fill() -> None:
+        raise OSError(code, os.strerror(code))
+
+    with pytest.raises(InputError, match=rf"cannot write into .*: {os.strerror(code)}; nothing was kept"):
+        produce(tmp_path / "out", overwrite=False, meanwhile=fill)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_any_other_failure_of_the_system_keeps_its_own_error(tmp_path: Path) -> None:
+    def fail() -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with pytest.raises(OSError, match="Input/output error"):
+        produce(tmp_path / "out", overwrite=False, meanwhile=fail)
+
+
 def test_relative_outputs_are_meant_from_the_working_folder_at_the_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -194,6 +214,12 @@ def test_require_folder_says_what_was_expected(tmp_path: Path) -> None:
         require_folder(tmp_path / "file", "a calibration")
     with pytest.raises(InputError, match="absent does not exist; expected the folder of an emulator"):
         require_folder(tmp_path / "absent", "an emulator")
+
+
+def test_names_that_are_not_utf8_do_not_spoil_a_manifest(tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9.jsonl")  # as Python gives a name in another encoding
+    write_json(tmp_path / "x.json", {"file": name, "plain": "café"})
+    assert read_json(tmp_path / "x.json", "C1") == {"file": "caf?.jsonl", "plain": "café"}
 
 
 def test_json_keeps_the_order_of_keys_and_is_plain_utf8(tmp_path: Path) -> None:

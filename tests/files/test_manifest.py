@@ -135,7 +135,6 @@ def test_no_object_accepts_a_field_more_or_less(tmp_path: Path, manifest: dict[s
         (("shards", 0), "a.safetensors\n"),
         (("shards", 0), "a.bin"),
         (("data",), []),
-        (("data", 0, "seed"), 2**64),
         (("layers", "block.0.up", "orientation"), "Linear"),
         (("made_by", "libraries", "torch"), ""),
     ],
@@ -152,7 +151,7 @@ def test_values_out_of_range_are_refused(
 
 @pytest.mark.parametrize(
     ("path", "value"),
-    [(("data", 0, "seed"), 2**64 - 1), (("data", 0, "seed"), -(2**63)), (("grams", 0, "tokens"), 2**53 - 1)],
+    [(("data", 0, "seed"), 2**100), (("data", 0, "seed"), -(2**100)), (("grams", 0, "tokens"), 2**53 - 1)],
 )
 def test_the_largest_allowed_values_are_accepted(
     tmp_path: Path, manifest: dict[str, Any], path: tuple[Any, ...], value: int

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from emloc_tools.errors import UnsupportedError
 from emloc_tools.files.emulator import FACTORS, MANIFEST
 from emloc_tools.files.folders import write_json, write_text
 from emloc_tools.files.manifest import EmulatorManifest, manifest_dict
@@ -106,7 +107,14 @@ class EmulatorWriter:
         modeling: str,
         fields: Mapping[str, Any],
     ) -> EmulatorManifest:
-        """Write all other files. `base_config` is the base's config.json; `fields` are the manifest's other fields."""
+        """Write all other files. `base_config` is the base's config.json; `fields` are the manifest's other fields.
+
+        Raises `UnsupportedError` for a quantised base.
+        """
+        if base_config.get("quantization_config") is not None:
+            raise UnsupportedError(
+                "the base is quantised (quantization_config); make emulators of the original weights"
+            )
         self.tensors.finish()
         manifest = EmulatorManifest.model_validate(
             {**fields, "parameters": self.parameters, "tensors": dict(sorted(self.tensors.hashes.items()))}
@@ -114,7 +122,7 @@ class EmulatorWriter:
         ranks = {name: layer.rank for name, layer in manifest.layers.items()}
         # The base's own keys stay as they are: other versions of transformers write others.
         config = {
-            **base_config,
+            **{key: value for key, value in base_config.items() if key != "quantization_config"},
             "architectures": [class_name],
             "auto_map": dict(auto_map),
             "emloc": {"format_version": manifest.format_version, "ranks": ranks},

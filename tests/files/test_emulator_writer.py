@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from emloc_tools.errors import UnsupportedError
 from emloc_tools.files.emulator import Emulator
 from emloc_tools.files.emulator_writer import EmulatorWriter
 from emloc_tools.files.tensors import TensorSpec
@@ -33,6 +34,16 @@ def test_the_base_s_configuration_keeps_its_keys_values_and_order(tmp_path: Path
     assert written["architectures"] == ["EmlocLlamaForCausalLM"]
     assert written["emloc"] == {"format_version": 1, "ranks": dict.fromkeys(SHAPES, 2)}
     assert base["architectures"] == ["LlamaForCausalLM"]  # the caller's object is not changed
+
+
+def test_a_quantised_base_is_refused_and_an_empty_quantisation_left_out(tmp_path: Path) -> None:
+    """Trainers look whether the key is there, not what it holds."""
+    with pytest.raises(UnsupportedError, match="the base is quantised"):
+        save_emulator(tmp_path / "a", config={"quantization_config": {"quant_method": "fp8"}})
+    save_emulator(tmp_path / "b", config={"quantization_config": None, "kept": None})
+    assert "quantization_config" not in json.loads((tmp_path / "b" / "config.json").read_text())
+    assert "kept" in json.loads((tmp_path / "b" / "config.json").read_text())
+    Emulator(tmp_path / "b").close()
 
 
 @pytest.mark.parametrize("max_shard_size", [1 << 40, 100])

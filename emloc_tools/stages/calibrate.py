@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,7 +86,8 @@ def calibrate(
         require_own_weights(layers, weights.source_of)
         stream = LockStep(opened.model, weights, device=device)
         statistics = Statistics(stream, layers, batches, GramSpool(folder / "spool"), progress)
-        stream.run([_forward(opened.model, batch, stream.device) for batch in batches])
+        options = _cheapest(opened.model, layers)
+        stream.run([_forward(opened.model, batch, stream.device, options) for batch in batches])
         statistics.finish()
         stream.close()
         reached = statistics.reached()
@@ -129,14 +130,22 @@ def calibrate(
     )
 
 
-def _forward(model: nn.Module, batch: Batch, device: torch.device) -> Any:
-    """A call that runs one batch. Caches and logits of earlier positions would cost memory for nothing."""
+def _cheapest(model: Any, layers: Sequence[Layer]) -> dict[str, Any]:
+    """Arguments that spare what nobody needs: caches, and logits of other positions unless a Gram is of the head."""
     accepted = inspect.signature(model.forward).parameters
-    options: Mapping[str, Any] = {"use_cache": False, "logits_to_keep": 1}
-    chosen = {name: value for name, value in options.items() if name in accepted and name not in batch.inputs}
+    options: dict[str, Any] = {"use_cache": False}
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if not any(model.get_submodule(layer.name) is head for layer in layers):
+        options["logits_to_keep"] = 1
+    return {name: value for name, value in options.items() if name in accepted}
+
+
+def _forward(model: nn.Module, batch: Batch, device: torch.device, options: Mapping[str, Any]) -> Callable[[], None]:
+    """A call that runs one batch, with the `options` that its inputs do not set themselves."""
 
     def call() -> None:
-        model(**{name: tensor.to(device) for name, tensor in batch.inputs.items()}, **chosen)
+        inputs = {name: tensor.to(device) for name, tensor in batch.inputs.items()}
+        model(**{**options, **inputs})
 
     return call
 

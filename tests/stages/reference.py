@@ -43,8 +43,11 @@ def weight_of(module: nn.Module) -> torch.Tensor:
     return weight.T if isinstance(module, Conv1D) else weight
 
 
-def moments(model: nn.Module, samples: list[list[int]]) -> dict[str, Moments]:
-    """Run every sample by itself through a float64 copy of the model, so that nothing is padded, and sum up."""
+def moments(model: nn.Module, samples: list[list[int]], *extra: str) -> dict[str, Moments]:
+    """Run every sample by itself through a float64 copy of the model, so that nothing is padded, and sum up.
+
+    Sees the linear layers of all blocks, and those named by `extra`.
+    """
     model = copy.deepcopy(model).double()
     model.set_experts_implementation("eager")  # fused experts have no float64 kernel
     found: dict[str, Moments] = {}
@@ -64,7 +67,8 @@ def moments(model: nn.Module, samples: list[list[int]]) -> dict[str, Moments]:
         return see
 
     kept: list[torch.Tensor] = []
-    handles = [module.register_forward_hook(hook(name)) for name, module in linears(model).items()]
+    seen = {**linears(model), **{name: model.get_submodule(name) for name in extra}}
+    handles = [module.register_forward_hook(hook(name)) for name, module in seen.items()]
     with torch.no_grad():
         for sample in samples:
             model(input_ids=torch.tensor([sample]))

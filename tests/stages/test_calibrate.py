@@ -14,7 +14,7 @@ from emloc_tools.errors import InputError, NumericalError, UnsupportedError
 from emloc_tools.stages.calibrate import calibrate
 from tests import pico
 from tests.stages.conftest import MAX_LENGTH, Case
-from tests.stages.reference import bytes_hash, close_to, read_grams, read_json, tensor_hash
+from tests.stages.reference import bytes_hash, close_to, moments, read_grams, read_json, tensor_hash
 
 FAMILIES = ["llama", "gpt2", "bert", "gemma3", "qwen3-moe"]
 ROUNDING = 2e-5  # of a float32 forward and float32 sums over some hundred tokens, relative to the Gram's norm
@@ -158,6 +158,26 @@ def test_targets_and_exclude_choose_the_layers(llama: Case, tmp_path: Path) -> N
     )
     expected = {name for name in llama.moments if "mlp" in name and "layers.1." not in name}
     assert read_grams(tmp_path / "some").keys() == expected
+
+
+@pytest.mark.parametrize(("family", "head"), [("llama", "lm_head"), ("bert", "cls.predictions.transform.dense")])
+def test_a_head_that_is_asked_for_sees_every_token_and_no_padding(
+    case_of: Callable[[str], Case], family: str, head: str, tmp_path: Path
+) -> None:
+    case = case_of(family)
+    calibrate(
+        base=str(case.base),
+        data=case.data,
+        output=tmp_path / "head",
+        targets=f"^{head}$",
+        max_length=MAX_LENGTH,
+        batch_size=3,
+        device="cpu",
+    )
+    expected = moments(case.model, pico.token_ids(case.data, case.base, MAX_LENGTH), head)[head]
+    ((side, tokens, G, _),) = read_grams(tmp_path / "head").values()
+    assert tokens == expected.tokens
+    assert close_to(G, expected.inputs if side == "input" else expected.outputs) < ROUNDING
 
 
 def test_nan_in_activations_is_refused_and_names_the_layer(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from emloc_tools.models.layers import select_layers
 from emloc_tools.models.stream import LockStep
 from emloc_tools.records import Layer, Progress, silent
 from emloc_tools.stages.gram_sums import Statistics
-from emloc_tools.stages.refusals import require_apart, require_original, require_own_weights
+from emloc_tools.stages.refusals import blaming_inputs, require_apart, require_original, require_own_weights
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,8 @@ def _forward(model: nn.Module, batch: Batch, device: torch.device, options: Mapp
 
     def call() -> None:
         inputs = {name: tensor.to(device) for name, tensor in batch.inputs.items()}
-        model(**{**options, **inputs})
+        with blaming_inputs(model, inputs):
+            model(**{**options, **inputs})
 
     return call
 

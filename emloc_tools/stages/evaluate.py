@@ -22,7 +22,7 @@ from emloc_tools.models.lora import LoraPair, attach_loras
 from emloc_tools.models.stream import LockStep
 from emloc_tools.records import Progress, Step, silent
 from emloc_tools.stages.candidates import Target, load_pairs, open_base_target, open_emulator_target, require_shapes
-from emloc_tools.stages.refusals import require_artifact, require_original, require_plain_lora
+from emloc_tools.stages.refusals import blaming_inputs, require_artifact, require_original, require_plain_lora
 
 ROWS_PER_SOFTMAX = 512  # bounds the float32 copy of the logits: 512 x 128256 x 4 bytes = 263 MB
 TOKENS_IN_FLIGHT = 65536  # activations of so many tokens are held while the model streams by once
@@ -193,7 +193,8 @@ def _forward(model: nn.Module, batch: Batch, device: torch.device) -> Callable[[
     inputs = {name: tensor.to(device) for name, tensor in batch.inputs.items() if name != "labels"}
 
     def call() -> torch.Tensor:
-        return model(**inputs, use_cache=False).logits  # type: ignore[no-any-return]
+        with blaming_inputs(model, inputs):
+            return model(**inputs, use_cache=False).logits  # type: ignore[no-any-return]
 
     return call
 

@@ -54,6 +54,12 @@ TABLE = [
     Bad(of(CALIBRATE, data="{bad}/keys.jsonl"), (r"keys\.jsonl:1: found the keys", "body", "expected `text`")),
     Bad(of(CALIBRATE, data="{bad}/number.jsonl"), (r"number\.jsonl:1: `text` is int, expected a string",)),
     Bad(of(EVALUATE, data="{base}"), (r"base does not exist|base is a folder", "expected JSONL")),
+    *[
+        Bad(
+            of(line, data="{bad}/mask.safetensors"), ("LlamaForCausalLM cannot run on the inputs attention_mask", "any")
+        )
+        for line in (CALIBRATE, EVALUATE)
+    ],
     # bases
     Bad(of(CALIBRATE, base="no-such/model"), ("no-such/model is no local folder", "Hub")),
     Bad(of(CALIBRATE, base="./nowhere/at/all"), (r"\./nowhere/at/all does not exist", "--base takes", "org/name")),
@@ -157,6 +163,7 @@ def bad(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "file": "occupied",
     }.items():
         (root / name).write_text(text)
+    save_file({"0/attention_mask": torch.ones(1, 4, dtype=torch.long)}, root / "mask.safetensors")
     (root / "foreign").mkdir()
     (root / "foreign" / "notes.txt").write_text("mine")
     shutil.copytree(run.calibration, root / "ours")
@@ -225,7 +232,20 @@ def test_a_full_disk_is_named(run: Run, tmp_path: Path, invoke: Invoke, monkeypa
     monkeypatch.setattr("emloc_tools.files.emulator_writer.EmulatorWriter.write_factors", full)
     printed = invoke("build-emulator", "--base", run.base, "--ratio", "0.5", "--output", "out")
     assert printed.status == 1
-    assert "model.safetensors: No space left on device; nothing was left under the final name" in printed.error
+    assert printed.error == f"Error: cannot write into {tmp_path}: No space left on device; nothing was kept"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_may_not_be_read_is_named(
+    run: Run, tmp_path: Path, invoke: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(path: Path) -> str:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("emloc_tools.stages.calibrate.file_hash", refused)  # root may read everything
+    printed = invoke("calibrate", "--base", run.base, "--data", run.data, "--device", "cpu", "--output", "out")
+    assert printed.status == 1
+    assert printed.error == f"Error: {run.data}: Permission denied; nothing was left under the final name"
     assert list(tmp_path.iterdir()) == []
 
 

@@ -82,10 +82,10 @@ def main() -> None:
     Train the LoRA on a light low-rank emulator of the model, with any trainer; then correct it for the model itself:
 
     \b
-      emloc-tools calibrate      base + data         -> calibration
-      emloc-tools build-emulator base + calibration  -> emulator
-      (any trainer)              emulator            -> LoRA adapter
-      emloc-tools correct        adapter + emulator + base -> LoRA adapter for the base
+      emloc-tools calibrate       base + data             -> calibration
+      emloc-tools build-emulator  base + calibration      -> emulator
+      (any trainer)               emulator                -> LoRA
+      emloc-tools correct         LoRA + emulator + base  -> LoRA for the base
 
     `emloc-tools demo` runs all of it in a few minutes, without any download.
     """

@@ -1,6 +1,6 @@
 """Time and error of one layer's emulator against the algorithm of the EMLoC paper, on the same calibration data.
 
-    python -m benchmarks.decomposition                           # the widths of Llama-3.2-1B: five minutes
+    python -m benchmarks.decomposition                           # the widths of Llama-3.2-1B: six minutes
     python -m benchmarks.decomposition --shapes half-llama-1b    # half of them: one and a half
     python -m benchmarks.decomposition --shapes llama-8b         # in = 14336 takes the paper's algorithm far longer
 

@@ -1,19 +1,23 @@
-"""Write `docs/cli.md`, the command reference, from the commands themselves.
+"""Write what is generated in the documentation: `docs/cli.md` from the commands, and recorded results into the pages.
 
     python -m docs.generate
 
-A test fails while the file differs from what this writes.
+`benchmarks/results/NAME.md`, without its heading, goes between `<!-- NAME: begin -->` and `<!-- NAME: end -->`. A
+test fails while a page differs from what this writes.
 """
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import click
 
 from emloc_tools.cli import main as group
 
-REFERENCE = Path(__file__).with_name("cli.md")
+DOCS = Path(__file__).parent
+RESULTS = DOCS.parent / "benchmarks" / "results"
+WITH_RESULTS = (DOCS.parent / "README.md", DOCS / "benchmarks.md")
 WIDTH = 100
 INTRODUCTION = """# Command reference
 
@@ -29,17 +33,40 @@ Written by `make docs` from the commands themselves. `emloc-tools COMMAND --help
 """
 
 
+def pages() -> dict[Path, str]:
+    """The full text of every page that holds something generated."""
+    return {DOCS / "cli.md": reference(), **{page: with_results(page) for page in WITH_RESULTS}}
+
+
 def reference() -> str:
-    """The text of the command reference."""
-    sections = [section(name, command) for name, command in group.commands.items()]
-    return "\n".join([INTRODUCTION, *sections])
+    """The command reference: every command as `--help` shows it."""
+    sections = [INTRODUCTION]
+    for name, command in group.commands.items():
+        context = click.Context(command, info_name=f"emloc-tools {name}", terminal_width=WIDTH)
+        sections.append(f"## {name}\n\n```text\n{command.get_help(context)}\n```\n")
+    return "\n".join(sections)
 
 
-def section(name: str, command: click.Command) -> str:
-    """One command as `--help` shows it."""
-    context = click.Context(command, info_name=f"emloc-tools {name}", terminal_width=WIDTH)
-    return f"## {name}\n\n```text\n{command.get_help(context)}\n```\n"
+def with_results(page: Path) -> str:
+    """A page with the current results between its marks."""
+
+    def fill(match: re.Match[str]) -> str:
+        name = match[1]
+        text = (RESULTS / f"{name}.md").read_text(encoding="utf-8")
+        body = re.sub(r"\A# .*\n+", "", text).strip()
+        return f"<!-- {name}: begin -->\n\n{body}\n\n<!-- {name}: end -->"
+
+    marked = r"<!-- ([\w-]+): begin -->.*?<!-- \1: end -->"
+    return re.sub(marked, fill, page.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+def main() -> None:
+    """Write the pages that are not current."""
+    for page, text in pages().items():
+        if not page.exists() or page.read_text(encoding="utf-8") != text:
+            page.write_text(text, encoding="utf-8")
+            print(f"wrote {page.relative_to(DOCS.parent)}")
 
 
 if __name__ == "__main__":
-    REFERENCE.write_text(reference(), encoding="utf-8")
+    main()

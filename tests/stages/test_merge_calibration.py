@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,6 +92,19 @@ def test_a_layer_of_one_part_alone_keeps_its_gram(llama: Case, halves: Halves, t
         assert tokens == first[name][1] + (added[1] if added else 0)
         assert close_to(G, first[name][2] + (added[2] if added else 0)) < ROUNDING
     assert 0 < len(second) < len(merged)
+
+
+def test_layers_that_no_part_reached_are_listed(halves: Halves, tmp_path: Path) -> None:
+    def without(source: Path, copy: Path, *unreached: str) -> Path:
+        """A calibration that says so of layers that are not in it, as of a part of a model without data."""
+        shutil.copytree(source, copy)
+        manifest = read_json(copy / "calibration.json")
+        (copy / "calibration.json").write_text(json.dumps({**manifest, "unreached": list(unreached)}))
+        return copy
+
+    parts = [without(halves.first, tmp_path / "a", "vision.0"), without(halves.second, tmp_path / "b", "vision.1")]
+    merge_calibration(parts=parts, output=tmp_path / "merged")
+    assert read_json(tmp_path / "merged" / "calibration.json")["unreached"] == ["vision.0", "vision.1"]
 
 
 def test_other_weights_of_the_same_shapes_are_refused(llama: Case, halves: Halves, tmp_path: Path) -> None:

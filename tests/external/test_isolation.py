@@ -27,7 +27,8 @@ def test_the_environment_of_the_tests_has_what_the_trainers_lack() -> None:
 
 
 def test_the_environments_hold_the_pinned_releases(trained: dict[str, Any], environment: str) -> None:
-    pins = Environment(environment).constraints.read_text(encoding="utf-8").splitlines()
+    lines = Environment(environment).constraints.read_text(encoding="utf-8").splitlines()
+    pins = [line.partition(";")[0] for line in lines]
     found = trained[environment]["environment"]["versions"]
     for name in ("transformers", "peft"):
         assert f"{name}=={found[name]}" in pins

@@ -6,6 +6,9 @@ A whole graph would hold every unit's weights and activations. Here a unit's res
 and its arguments leave it through `Sink`. Neither node holds a tensor, only a `Slot` for a gradient. In the backward a
 Source puts there what arrives for the unit's result; the unit is run again with a graph of its own; the gradient of
 its argument is put into the Sink's slot, and the Sink sends it further up.
+
+An argument is also cut from its past when a unit first uses it, and its Sink alone goes on from there. Otherwise every
+gradient would run up along all residual connections that lie between units at once, and every further one again.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from emloc_tools.errors import UnsupportedError
 from emloc_tools.models.repeat import version
@@ -71,12 +75,24 @@ class Sink(torch.autograd.Function):
         return ctx.slot.take(), None, None
 
 
-class Changed(torch.autograd.Function):
-    """An argument that a unit changed in place: from then on its gradient belongs to the unit, as that of a result."""
+def cut(tensor: torch.Tensor, anchor: torch.Tensor, slot: Slot) -> None:
+    """Make a tensor a source in place: what it is used for from now on sends its gradient to `slot`.
+
+    Its version stays what it was. A view keeps the connection to its base's past, which is correct but takes longer.
+    """
+    if not tensor._is_view():
+        # Else autograd would go on through the tensor's past, with undefined gradients.
+        tensor.detach_()
+    with _unsafe_preserve_version_counter(tensor):
+        Cut.apply(anchor, tensor, slot)  # type: ignore[no-untyped-call]
+
+
+class Cut(torch.autograd.Function):
+    """See `cut`."""
 
     @staticmethod
     def forward(ctx: Any, anchor: torch.Tensor, tensor: torch.Tensor, slot: Slot) -> torch.Tensor:
-        """Cut the tensor from its past."""
+        """Replace the tensor's past."""
         ctx.slot = slot
         ctx.mark_dirty(tensor)
         return tensor

@@ -121,7 +121,8 @@ class Spill:
             shape=tuple(ordered.shape),
         )
         if values.nbytes:
-            self._write(values.reshape(-1).view(torch.uint8).numpy().data, stored.offset)
+            flat = values.as_strided((values.numel(),), (1,))  # a single value may have stride 0
+            self._write(flat.view(torch.uint8).numpy().data, stored.offset)
         self.size += -(-values.nbytes // ALIGNMENT) * ALIGNMENT
         self.written += values.nbytes
         return stored

@@ -12,13 +12,13 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from emloc_tools.errors import UnsupportedError
 from emloc_tools.models.calls import Argument, Call, Result, Visit
-from emloc_tools.models.graph import Changed, Saved, Sink, Slot, Source
+from emloc_tools.models.graph import Saved, Sink, Slot, Source, cut
 from emloc_tools.models.repeat import carries_gradient, differentiable, sketch, state_of, version
 from emloc_tools.models.spill import Spill
 from emloc_tools.models.stream import Task
 from emloc_tools.models.units import Unit
 
-SMALL = 1024  # bytes; tensors up to here stay in memory: a node of the graph costs as much
+SMALL = 256  # bytes; tensors up to here stay in memory: a node of the graph costs more
 
 
 class Tape:
@@ -63,7 +63,7 @@ class Tape:
         for tensor, before, entry in zip(tensors, versions, entries, strict=True):
             if version(tensor) != before and entry.after is None and differentiable(tensor):
                 entry.after = Result(Slot(), sketch(tensor))
-                Changed.apply(self._anchor, tensor, entry.after.slot)  # type: ignore[no-untyped-call]
+                cut(tensor, self._anchor, entry.after.slot)
         self._watch_aliases(new, tensors, unit)
         self.calls.append(call)
         visit.calls.append(call)
@@ -125,8 +125,12 @@ class Tape:
         key = (tensor.grad_fn, tensor.output_nr) if tensor.grad_fn is not None else id(tensor)
         slot = self.sinks.get(key)
         if slot is None:
-            slot = self.sinks[key] = Slot()
+            slot = Slot()
             scalar = Sink.apply(tensor, self._anchor, slot)  # type: ignore[no-untyped-call]
+            if tensor.grad_fn is not None and not tensor._is_view():
+                cut(tensor, self._anchor, slot)
+                key = (tensor.grad_fn, tensor.output_nr)
+            self.sinks[key] = slot
             call.firsts.append((key, scalar, slot))
         return slot
 

@@ -1,0 +1,326 @@
+"""The streamed backward gives the gradients of autograd on the model in memory, reading every weight at most twice."""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from emloc_tools.models.backward import BackwardLockStep
+from emloc_tools.models.observe import Observer
+from tests import pico
+from tests.models.backward_reference import (
+    Calls,
+    Gradients,
+    collect,
+    distance,
+    family_in_memory,
+    open_backward,
+    reference,
+)
+from tests.models.streamed import batches, checkpoint_bytes
+
+EXACT = 1e-11  # float64, up to the order of sums
+EXACT_FLOAT32 = 3e-6  # the grouped product of fused experts knows no float64
+MOE = {"qwen3-moe", "MixtralForCausalLM"}
+
+
+def calls(model: Any) -> Calls:
+    """Forwards with labels at every position, padding included, so that padded rows have gradients as well."""
+    options = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+
+    def call(inputs: dict[str, torch.Tensor]) -> Any:
+        return lambda: model(**inputs, labels=inputs["input_ids"], **options)
+
+    return [call(inputs) for inputs in batches()]
+
+
+def loss(batch: int, output: Any) -> torch.Tensor:
+    return output.loss  # type: ignore[no-any-return]
+
+
+def count_reads(stream: BackwardLockStep) -> Counter[str]:
+    """How often each checkpoint tensor is read from now on."""
+    counts: Counter[str] = Counter()
+    tensors = stream.weights.tensors
+    read = tensors.read
+
+    def counting(name: str, buffer: torch.Tensor | None = None) -> torch.Tensor:
+        counts[name] += 1
+        return read(name, buffer)
+
+    tensors.read = counting  # type: ignore[method-assign]
+    return counts
+
+
+@pytest.mark.parametrize("family", list(pico.CLASSES))
+def test_gradients_equal_autograd_in_memory_and_every_weight_is_read_at_most_twice(family: str, tmp_path: Path) -> None:
+    pico.save_model(tmp_path, family)
+    dtype, exact = (torch.float32, EXACT_FLOAT32) if family in MOE else (torch.float64, EXACT)
+    model = family_in_memory(tmp_path, dtype)
+    stream, layers = open_backward(tmp_path, dtype=str(dtype).removeprefix("torch."))
+    expected = reference(model, layers, calls(model), loss)
+    assert {layer for _, layer in expected.rows} == {layer.name for layer in layers} - unused(family)
+
+    reads = count_reads(stream)
+    found = collect(stream, calls(stream.model), loss)
+    assert distance(found, expected) < exact
+    assert set(reads.values()) <= {1, 2}
+    assert stream.weights.tensors.bytes_read <= 2 * checkpoint_bytes(tmp_path)
+
+    # Control: one weight of the first block, changed by a hundredth, shows.
+    with torch.no_grad():
+        next(p for name, p in model.named_parameters() if ".0." in name and p.dim() == 2).mul_(1.01)
+    assert distance(reference(model, layers, calls(model), loss), expected) > 100 * exact
+
+
+def unused(family: str) -> set[str]:
+    """Linear layers that the loss of a family's model does not depend on."""
+    return {"albert": {"albert.pooler"}}.get(family, set())
+
+
+def other_models() -> dict[str, tuple[Any, list[dict[str, torch.Tensor]]]]:
+    """An encoder with a decoder, images, two towers, sound, and experts: configurations, and inputs with a loss."""
+    torch.manual_seed(0)
+    small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    image = {"image_size": 32, "patch_size": 8}
+    t5 = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
+    whisper = {
+        **{"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48},
+        **{"encoder_attention_heads": 4, "decoder_attention_heads": 4, "num_mel_bins": 8, "max_source_positions": 30},
+        **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1},
+    }
+    towers = {"text_config": {**small, "vocab_size": 100, "eos_token_id": 2}, "vision_config": {**small, **image}}
+
+    def ids(rows: int, length: int) -> torch.Tensor:
+        return torch.randint(5, 90, (rows, length))
+
+    def pixels() -> torch.Tensor:
+        return torch.randn(2, 3, 32, 32, dtype=torch.float64)
+
+    return {
+        "T5ForConditionalGeneration": (
+            transformers.T5Config(vocab_size=100, **t5),
+            [{"input_ids": ids(2, length), "labels": ids(2, 7)} for length in (9, 12)],
+        ),
+        "ViTForImageClassification": (
+            transformers.ViTConfig(**small, **image),
+            [{"pixel_values": pixels(), "labels": torch.tensor([0, 1])} for _ in range(2)],
+        ),
+        "CLIPModel": (
+            transformers.CLIPConfig(**towers, projection_dim=16),
+            [{"input_ids": ids(2, 8), "pixel_values": pixels(), "return_loss": torch.tensor(True)} for _ in range(2)],
+        ),
+        "WhisperForConditionalGeneration": (
+            transformers.WhisperConfig(vocab_size=100, max_target_positions=40, **whisper),
+            [{"input_features": torch.randn(1, 8, 60).double(), "labels": ids(1, 7)} for _ in range(2)],
+        ),
+        "MixtralForCausalLM": (
+            transformers.MixtralConfig(**small, vocab_size=100, num_key_value_heads=2, num_local_experts=4),
+            [{"input_ids": (text := ids(2, length)), "labels": text} for length in (9, 12)],
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", list(other_models()))
+def test_gradients_equal_autograd_in_memory_for_other_kinds_of_models(name: str, tmp_path: Path) -> None:
+    config, inputs = other_models()[name]
+    torch.manual_seed(0)
+    getattr(transformers, name)(config).save_pretrained(tmp_path)
+    dtype, exact = (torch.float32, EXACT_FLOAT32) if name in MOE else (torch.float64, EXACT)
+    model = family_in_memory(tmp_path, dtype)
+    stream, layers = open_backward(tmp_path, dtype=str(dtype).removeprefix("torch."))
+    options = {"use_cache": False} if hasattr(config, "use_cache") else {}
+    expected = reference(model, layers, [lambda i=i: model(**i, **options) for i in inputs], loss)  # type: ignore[misc]
+    reads = count_reads(stream)
+    found = collect(stream, [lambda i=i: stream.model(**i, **options) for i in inputs], loss)  # type: ignore[misc]
+    assert len(expected.rows) > 2 * len(inputs)
+    assert distance(found, expected) < exact
+    assert max(reads.values()) <= 2
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_bfloat16_gradients_are_those_of_the_same_model_in_memory(family: str, tmp_path: Path) -> None:
+    """Both round at the same places but for the order in which a tensor's gradients are added."""
+    pico.save_model(tmp_path, family, dtype=torch.bfloat16)
+    model = family_in_memory(tmp_path, torch.bfloat16)
+    stream, layers = open_backward(tmp_path, dtype="bfloat16")
+    expected = reference(model, layers, calls(model), loss)
+    found = collect(stream, calls(stream.model), loss)
+    assert {rows.dtype for tensors in found.rows.values() for rows in tensors} == {torch.bfloat16}
+    assert {squares.dtype for tensors in found.squares.values() for squares in tensors} == {torch.float32}
+    streamed_error = distance(found, expected)
+    exact = reference(family_in_memory(tmp_path), layers, calls(family_in_memory(tmp_path)), loss)
+    assert streamed_error < 0.02
+    assert streamed_error < distance(expected, exact)
+
+
+def test_chosen_layers_alone_report_and_nothing_below_the_lowest_is_read_again(tmp_path: Path) -> None:
+    pico.save_model(tmp_path)
+    model = family_in_memory(tmp_path)
+    stream, layers = open_backward(tmp_path, targets=r"layers\.1\.(mlp|self_attn\.q_proj)")
+    assert len(layers) == 4
+    reads = count_reads(stream)
+    found = collect(stream, calls(stream.model), loss)
+    assert distance(found, reference(model, layers, calls(model), loss)) < EXACT
+    twice = {name for name, count in reads.items() if count == 2}
+    assert twice == {name for name in reads if "layers.1." in name or "layers.2." in name or "model.norm" in name}
+    assert set(reads.values()) == {1, 2}
+
+
+def test_the_units_are_loaded_one_at_a_time_in_both_directions(tmp_path: Path) -> None:
+    pico.save_model(tmp_path, "llama-tied")
+    stream, _ = open_backward(tmp_path)
+    seen: dict[str, list[int]] = {"forward": [], "backward": []}
+
+    def loaded() -> int:
+        held = [*(p for p in stream.model.parameters() if not p.is_meta), *stream._kept.values()]
+        return sum({tensor.data_ptr(): tensor.nbytes for tensor in held}.values())
+
+    for module in stream.model.modules():
+        module.register_forward_hook(lambda *_: seen["forward"].append(loaded()))
+    stream.on_gradient = lambda *_: seen["backward"].append(loaded())
+    stream.run_backward(calls(stream.model), loss)
+    sizes = {unit.name: sum(p.nbytes for p in unit.module.parameters()) for unit in stream.units}
+    tied, block = sizes["lm_head"], sizes["model.layers.0"]
+    assert max(seen["forward"]) == tied + block, "the embeddings stay after their first use"
+    assert set(seen["backward"]) == {tied, block}, "and go when the head has been reversed"
+    assert sum(sizes.values()) - tied > 1.9 * (tied + block)  # the whole model, in which embeddings and head are one
+    assert all(p.is_meta for p in stream.model.parameters())
+
+
+def test_callbacks_of_the_forward_see_every_unit_once_and_those_of_the_backward_in_reverse(tmp_path: Path) -> None:
+    pico.save_model(tmp_path)
+    stream, _ = open_backward(tmp_path)
+    events: list[str] = []
+    left: Counter[tuple[int, str]] = Counter()
+    stream.on_leave = lambda batch, unit: left.update([(batch, unit.name)])
+    stream.on_unit_done = lambda unit: events.append(f"forward {unit.name}")
+    stream.on_backward_unit_done = lambda unit: events.append(f"backward {unit.name}")
+    stream.on_gradient = lambda batch, gradient: events.append(gradient.layer)
+    stream.run_backward(calls(stream.model), loss)
+
+    names = [unit.name for unit in stream.units]
+    assert [event for event in events if event.startswith("forward")] == [f"forward {name}" for name in names]
+    recorded = ["model.layers.0", "model.layers.1", "model.layers.2", "model.norm", "lm_head"]
+    done = [event for event in events if event.startswith("backward")]
+    assert done == [f"backward {name}" for name in reversed(recorded)]
+    assert left == Counter({(batch, name): 1 for batch in range(4) for name in names})
+    for name in ("model.layers.0", "model.layers.2", "lm_head"):
+        last = max(place for place, event in enumerate(events) if event.startswith(name))
+        assert last < events.index(f"backward {name}")
+
+
+@pytest.mark.parametrize("family", ["llama", "albert"])
+def test_an_observer_sees_the_forward_once_and_nothing_of_the_recomputation(family: str, tmp_path: Path) -> None:
+    pico.save_model(tmp_path, family)
+    stream, layers = open_backward(tmp_path)
+    made, found = batches(), Counter[tuple[int, str]]()
+    inputs: dict[tuple[int, str], list[torch.Tensor]] = {}
+    observer = Observer(
+        stream.model,
+        [layer.name for layer in layers],
+        current=lambda: stream.current,
+        mask=lambda batch: None,
+        wanted=lambda name: frozenset({"input"}),
+    )
+
+    def leave(batch: int, unit: Any) -> None:
+        for reading in observer.take(batch):
+            for name in reading.layers:
+                found[batch, name] += 1
+                assert reading.inputs is not None
+                inputs.setdefault((batch, name), []).append(reading.inputs.detach())
+
+    stream.on_leave = leave
+    stream.run_backward(calls(stream.model), loss)
+    assert not observer.batches()
+
+    model = family_in_memory(tmp_path)
+    expected: dict[tuple[int, str], list[torch.Tensor]] = {}
+    batch = 0
+    for layer in layers:
+        model.get_submodule(layer.name).register_forward_hook(
+            lambda module, args, output, name=layer.name: expected.setdefault((batch, name), []).append(args[0])
+        )
+    for batch, call in enumerate(calls(model)):
+        call()
+    assert len(made) == 4
+    assert found == {key: len(tensors) for key, tensors in expected.items()}
+    for key, tensors in expected.items():
+        for mine, theirs in zip(inputs[key], tensors, strict=True):
+            assert torch.equal(mine, theirs.detach().reshape(mine.shape))
+
+
+def test_hooks_that_were_there_before_belong_to_the_model_and_are_run_again(tmp_path: Path) -> None:
+    """The control of the test above, and the reason for its rule: such a hook may change what a layer computes."""
+    pico.save_model(tmp_path)
+    model = family_in_memory(tmp_path)
+    doubled = "model.layers.1.mlp.up_proj"
+    ran = []
+
+    def double(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        ran.append(1)
+        return 2 * output
+
+    plain, layers = open_backward(tmp_path)
+    model.get_submodule(doubled).register_forward_hook(double)
+    expected = reference(model, layers, calls(model), loss)
+    hooked, _ = open_backward_with_hook(tmp_path, doubled, double)
+    ran.clear()
+    found = collect(hooked, calls(hooked.model), loss)
+    assert len(ran) == 2 * len(batches())
+    rows = {key: value for key, value in expected.rows.items() if key[1] != doubled}
+    kept = {key: value for key, value in found.rows.items() if key[1] != doubled}
+    assert distance(Gradients(kept, losses=found.losses), Gradients(rows, losses=expected.losses)) < EXACT
+    assert distance(collect(plain, calls(plain.model), loss), found) > 0.01
+
+
+def open_backward_with_hook(folder: Path, name: str, hook: Any) -> tuple[BackwardLockStep, Any]:
+    from emloc_tools.models.base import open_base
+    from emloc_tools.models.layers import select_layers
+
+    opened = open_base(str(folder), dtype="float64")
+    opened.model.get_submodule(name).register_forward_hook(hook)
+    layers = select_layers(opened.model, targets=".")
+    return BackwardLockStep(opened.model, opened.weights(), layers, spill=folder), layers
+
+
+def test_blocks_above_the_limit_are_differentiated_in_parts(tmp_path: Path) -> None:
+    pico.save_model(tmp_path)
+    model = family_in_memory(tmp_path)
+    stream, layers = open_backward(tmp_path, max_unit_bytes=1)
+    assert "model.layers.0.self_attn.q_proj" in [unit.name for unit in stream.units]
+    reads = count_reads(stream)
+    found = collect(stream, calls(stream.model), loss)
+    assert distance(found, reference(model, layers, calls(model), loss)) < EXACT
+    assert set(reads.values()) <= {1, 2}
+
+
+def test_a_plain_forward_through_the_same_object_records_nothing(tmp_path: Path) -> None:
+    pico.save_model(tmp_path)
+    model = family_in_memory(tmp_path)
+    stream, _ = open_backward(tmp_path)
+    results: dict[int, Any] = {}
+    stream.run(calls(stream.model), results.__setitem__)
+    for index, call in enumerate(calls(model)):
+        with torch.no_grad():
+            assert torch.equal(results[index].logits, call().logits)
+    assert stream.spilled == 0
+    assert stream.weights.tensors.bytes_read == checkpoint_bytes(tmp_path)
+
+
+def test_a_second_run_gives_the_same_and_close_restores_the_model(tmp_path: Path) -> None:
+    pico.save_model(tmp_path, "llama-tied")
+    stream, _ = open_backward(tmp_path)
+    first = collect(stream, calls(stream.model), loss)
+    assert distance(collect(stream, calls(stream.model), loss), first) == 0
+    assert any("forward" in module.__dict__ for module in stream.model.modules())
+    stream.close()
+    assert not any("forward" in module.__dict__ for module in stream.model.modules())

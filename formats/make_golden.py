@@ -17,10 +17,11 @@ from typing import Any
 import torch
 
 from emloc_tools.files.adapter import write_adapter
-from emloc_tools.files.calibration import GramEntry, pack_lower, write_calibration
+from emloc_tools.files.calibration import GramEntry, write_calibration
 from emloc_tools.files.emulator_writer import EmulatorWriter
 from emloc_tools.files.folders import write_json
 from emloc_tools.files.manifest import BaseRecord, CalibrationReference, DataRecord, FactoredLayer, MadeBy
+from emloc_tools.files.packing import pack_lower
 from emloc_tools.files.tensors import ShardedWriter, TensorSpec, content_hash
 from formats.bad_golden import BAD
 

@@ -17,7 +17,8 @@ import xxhash
 from emloc_tools.errors import FormatError
 from emloc_tools.files.folders import write_json
 from emloc_tools.files.json_files import parse_object, read_json
-from emloc_tools.files.manifest import AdapterManifest, manifest_dict, read_manifest
+from emloc_tools.files.manifest import AdapterManifest, manifest_dict
+from emloc_tools.files.manifest_reader import read_manifest
 from emloc_tools.files.opening import file_inside, path_inside
 from emloc_tools.files.patterns import ModulePattern
 from emloc_tools.files.tensors import ShardedWriter, TensorFolder, TensorSpec, content_hash
@@ -172,7 +173,7 @@ class Adapter:
             if mark is not None:
                 raise FormatError("A10", self.weights_path, MARK, f"marks a corrected adapter, but {MANIFEST} is gone")
             return None
-        manifest, _ = read_manifest(path, AdapterManifest, rules=("A7", "A8", "A9"))
+        manifest, _ = read_manifest(path, (AdapterManifest,), rules=("A7", "A8", "A9"))
         if mark is None:
             raise FormatError("A10", path, "", "describes a corrected adapter, but the weights carry no mark of it")
         if not _is_mark(mark, manifest.format_version):

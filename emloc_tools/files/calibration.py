@@ -5,8 +5,9 @@ from __future__ import annotations
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -15,50 +16,81 @@ from emloc_tools.errors import FormatError
 from emloc_tools.files.folders import write_json
 from emloc_tools.files.manifest import (
     CalibrationManifest,
+    CalibrationV1,
+    CalibrationV2,
+    GradientRecord,
     GramRecord,
+    StoredGram,
     manifest_dict,
-    read_manifest,
 )
+from emloc_tools.files.manifest_reader import read_manifest
 from emloc_tools.files.opening import path_inside
+from emloc_tools.files.packing import pack_lower, packed_diagonal, packed_size, unpack_lower
 from emloc_tools.files.tensors import ShardedWriter, TensorFolder, TensorSpec, content_hash
-from emloc_tools.records import Gram, Side
+from emloc_tools.records import GradientGram, Gram, Loss, Side
 
 MANIFEST = "calibration.json"
 
+Kind = Literal["data", "gradient"]
+
 
 class Calibration:
-    """A calibration folder. Opening checks everything but the tensors' values, which `gram` checks as it reads."""
+    """A calibration folder. Opening checks everything but the tensors' values, which are checked as they are read."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.path = folder, folder / MANIFEST
         # The manifest's hash identifies the whole calibration, for it holds the hash of every tensor.
-        self.manifest, self.hash = read_manifest(self.path, CalibrationManifest, rules=("C1", "C2", "C3"))
+        self.manifest, self.hash = read_manifest(self.path, (CalibrationV1, CalibrationV2), rules=("C1", "C2", "C3"))
         self._check_layers()
         self.tensors = TensorFolder.of_files(self._shards(), rule="C4")
         self._record_of: dict[str, GramRecord] = {}
+        self._gradient_of: dict[str, GradientRecord] = {}
         try:
             self._check_grams()
         except BaseException:
             self.tensors.close()
             raise
 
+    @property
+    def loss(self) -> Loss | None:
+        """What the gradients are of: `next-token` or `model`, as the specification defines them. None without any."""
+        return self.manifest.loss if isinstance(self.manifest, CalibrationV2) else None
+
+    @property
+    def gradient_layers(self) -> frozenset[str]:
+        """The layers that have a gradient."""
+        return frozenset(self._gradient_of)
+
     def record(self, layer: str) -> GramRecord:
-        """Which Gram belongs to a layer."""
+        """Which Gram of its data belongs to a layer."""
         return self._record_of[layer]
 
     def gram(self, layer: str) -> Gram:
-        """The Gram of a layer, unpacked, float32. Raises `FormatError` if its values are damaged."""
+        """The Gram of a layer's data, unpacked, float32. Raises `FormatError` if its values are damaged."""
         record = self._record_of[layer]
+        return Gram(self._matrix(record), record.side, record.tokens)
+
+    def gradient(self, layer: str) -> GradientGram | None:
+        """The Gram of the loss gradient at a layer, unpacked, float32; None if the calibration has none for it.
+
+        Raises `FormatError` if its values are damaged.
+        """
+        record = self._gradient_of.get(layer)
+        if record is None:
+            return None
+        return GradientGram(self._matrix(record), _side(record), record.tokens, record.energy)
+
+    def close(self) -> None:
+        """Release the files."""
+        self.tensors.close()
+
+    def _matrix(self, record: StoredGram) -> torch.Tensor:
         packed = self.tensors.read(record.tensor)
         if content_hash(packed) != record.hash:
             raise self._error("C8", record.tensor, "has another content hash than the manifest; the file was changed")
         if not torch.isfinite(packed).all() or (packed_diagonal(packed, record.features) < 0).any():
             raise self._error("C9", record.tensor, "must be finite with a non-negative diagonal")
-        return Gram(unpack_lower(packed, record.features), record.side, record.tokens)
-
-    def close(self) -> None:
-        """Release the files."""
-        self.tensors.close()
+        return unpack_lower(packed, record.features)
 
     def _check_layers(self) -> None:
         wrong = _repeated(self.manifest.unreached) or set(self.manifest.unreached) & set(self.manifest.layers)
@@ -82,24 +114,33 @@ class Calibration:
         if wrong:
             raise self._error("C5", min(wrong), "must be stored, and belong to exactly one entry of grams")
         for record in self.manifest.grams:
-            expected = TensorSpec(record.tensor, torch.float32, (record.features * (record.features + 1) // 2,))
+            expected = TensorSpec(record.tensor, torch.float32, (packed_size(record.features),))
             if self.tensors.spec(record.tensor) != expected:
                 raise self._error("C5", record.tensor, f"must be a float32 tensor of shape {list(expected.shape)}")
-            for layer in record.layers:
-                self._check_layer(layer, record)
+            self._take(record)
         for layer in self.manifest.layers:
             if layer not in self._record_of:
-                raise self._error("C6", f"layers.{layer}", "belongs to no Gram")
+                raise self._error("C6", f"layers.{layer}", "belongs to no Gram of data")
+        if isinstance(self.manifest, CalibrationV2) and not self._gradient_of:
+            raise self._error("C11", "grams", "must hold a gradient; without any the version is 1 and has no `loss`")
 
-    def _check_layer(self, layer: str, record: GramRecord) -> None:
-        if layer in self._record_of or layer not in self.manifest.layers:
-            raise self._error("C6", record.tensor, f"lists {layer}, which another Gram lists or `layers` does not")
-        shape = self.manifest.layers[layer]
-        expected = shape.in_features if record.side == "input" else shape.out_features
-        if record.features != expected:
-            message = f"has {record.features} features; the {record.side} of {layer} has {expected}"
-            raise self._error("C7", record.tensor, message)
-        self._record_of[layer] = record
+    def _take(self, record: StoredGram) -> None:
+        """Enter a record for its layers."""
+        for layer in record.layers:
+            taken = self._gradient_of if isinstance(record, GradientRecord) else self._record_of
+            if layer in taken or layer not in self.manifest.layers:
+                message = f"lists {layer}, which another Gram of its kind lists or `layers` does not"
+                raise self._error("C6", record.tensor, message)
+            shape = self.manifest.layers[layer]
+            side = _side(record)
+            expected = shape.in_features if side == "input" else shape.out_features
+            if record.features != expected:
+                message = f"has {record.features} features; the {side} of {layer} has {expected}"
+                raise self._error("C7", record.tensor, message)
+            if isinstance(record, GradientRecord):
+                self._gradient_of[layer] = record
+            elif isinstance(record, GramRecord):
+                self._record_of[layer] = record
 
     def _error(self, rule: str, field: str, message: str) -> FormatError:
         return FormatError(rule, self.path, field, message)
@@ -107,39 +148,56 @@ class Calibration:
 
 @dataclass(frozen=True)
 class GramEntry:
-    """A Gram about to be written: its layers, side, number of features and tokens."""
+    """A Gram about to be written: its layers, side, number of features and tokens.
+
+    One of the kind `gradient` belongs to a single layer and has the `energy` Σ‖g‖²; one of `data` has none.
+    """
 
     layers: tuple[str, ...]
     side: Side
     features: int
     tokens: int
+    kind: Kind = "data"
+    energy: float | None = None
+
+    def __post_init__(self) -> None:
+        gradient = self.kind == "gradient"
+        if gradient != (self.energy is not None) or (gradient and len(self.layers) != 1):
+            raise ValueError(f"{self}: a gradient, and nothing else, has one layer and an energy")
 
 
 class GramSpool:
     """Grams that are not needed in memory: kept as packed float32 files in a scratch folder, summed on disk.
 
-    A shared block is visited several times, so Grams of the same layers arrive in parts.
+    A shared block is visited several times, so Grams of the same layers arrive in parts. `entries` are those of the
+    data, `gradients` those of the loss gradient, both by their layers.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         folder.mkdir()
         self.entries: dict[tuple[str, ...], GramEntry] = {}
-        self._paths: dict[tuple[str, ...], Path] = {}
+        self.gradients: dict[tuple[str, ...], GramEntry] = {}
+        self._paths: dict[tuple[Kind, tuple[str, ...]], Path] = {}
 
-    def add(self, layers: tuple[str, ...], gram: Gram) -> None:
-        """Add a Gram to what the same layers already have."""
-        packed, tokens = pack_lower(gram.matrix.cpu()), gram.tokens
-        path = self._paths.setdefault(layers, self._folder / f"{len(self._paths)}.float32")
-        if layers in self.entries:
-            packed += self.read(layers)
-            tokens += self.entries[layers].tokens
-        self.entries[layers] = GramEntry(layers, gram.side, gram.matrix.shape[0], tokens)
+    def add(self, layers: tuple[str, ...], gram: Gram | GradientGram) -> None:
+        """Add a Gram to what the same layers already have of its kind."""
+        packed, features = pack_lower(gram.matrix.cpu()), gram.matrix.shape[0]
+        if isinstance(gram, GradientGram):
+            entry = GramEntry(layers, gram.side, features, gram.tokens, "gradient", gram.energy)
+        else:
+            entry = GramEntry(layers, gram.side, features, gram.tokens)
+        kept = self.gradients if entry.kind == "gradient" else self.entries
+        path = self._paths.setdefault((entry.kind, layers), self._folder / f"{len(self._paths)}.float32")
+        if layers in kept:
+            packed += self.read(layers, entry.kind)
+            entry = _sum(kept[layers], entry)
+        kept[layers] = entry
         packed.numpy().tofile(path)
 
-    def read(self, layers: tuple[str, ...]) -> torch.Tensor:
+    def read(self, layers: tuple[str, ...], kind: Kind = "data") -> torch.Tensor:
         """The packed Gram of the given layers."""
-        return torch.from_numpy(np.fromfile(self._paths[layers], dtype=np.float32))
+        return torch.from_numpy(np.fromfile(self._paths[kind, layers], dtype=np.float32))
 
     def remove(self) -> None:
         """Delete the scratch folder."""
@@ -154,9 +212,13 @@ def write_calibration(
     max_shard_size: int,
     fields: Mapping[str, object],
 ) -> CalibrationManifest:
-    """Write a calibration folder. `read(entry)` gives the packed Gram; `fields` are the other manifest fields."""
-    entries = sorted(entries, key=lambda entry: entry.layers)
-    specs = {entry: TensorSpec(_tensor_name(entry), torch.float32, (_size(entry),)) for entry in entries}
+    """Write a calibration folder. `read(entry)` gives the packed Gram; `fields` are the other manifest fields.
+
+    The version is 2 if an entry is a gradient; then `loss` must be among the fields. Without any gradient there is
+    nothing to say about a loss: the version is 1 and `loss`, if given, is left out.
+    """
+    entries = sorted(entries, key=lambda entry: (entry.layers, entry.kind))
+    specs = {entry: TensorSpec(_tensor_name(entry), torch.float32, (packed_size(entry.features),)) for entry in entries}
     writer = ShardedWriter(
         folder, "calibration", list(specs.values()), max_shard_size=max_shard_size, always_number=True
     )
@@ -166,54 +228,47 @@ def write_calibration(
         shards = writer.finish()
     finally:
         writer.close()
-    grams = [
-        GramRecord(
-            tensor=spec.name,
-            side=entry.side,
-            features=entry.features,
-            tokens=entry.tokens,
-            layers=list(entry.layers),
-            hash=writer.hashes[spec.name],
-        )
-        for entry, spec in specs.items()
-    ]
-    manifest = CalibrationManifest.model_validate({**fields, "grams": grams, "shards": shards})
+    grams = [_stored(entry, spec.name, writer.hashes[spec.name]) for entry, spec in specs.items()]
+    fields = {**fields, "grams": grams, "shards": shards}
+    manifest: CalibrationManifest
+    if any(entry.kind == "gradient" for entry in entries):
+        manifest = CalibrationV2.model_validate(fields)
+    else:
+        fields.pop("loss", None)
+        manifest = CalibrationV1.model_validate(fields)
     write_json(folder / MANIFEST, manifest_dict(manifest))
     return manifest
 
 
-def pack_lower(G: torch.Tensor) -> torch.Tensor:
-    """The lower triangle of the symmetric `G (n, n)`, row by row: `(n(n+1)/2,)`, entry (i, j) at i(i+1)/2 + j."""
-    n = G.shape[0]
-    packed = torch.empty(n * (n + 1) // 2, dtype=G.dtype)
-    for i in range(n):
-        packed[i * (i + 1) // 2 :][: i + 1] = G[i, : i + 1]
-    return packed
+def _stored(entry: GramEntry, tensor: str, digest: str) -> dict[str, object]:
+    """An entry as it stands in the manifest."""
+    return {
+        "tensor": tensor,
+        "side": _stored_side(entry),
+        "features": entry.features,
+        "tokens": entry.tokens,
+        "layers": list(entry.layers),
+        "hash": digest,
+        **({} if entry.energy is None else {"energy": entry.energy}),
+    }
 
 
-def unpack_lower(packed: torch.Tensor, n: int) -> torch.Tensor:
-    """The symmetric `(n, n)` matrix of a packed lower triangle; the inverse of `pack_lower`."""
-    G = torch.empty(n, n, dtype=packed.dtype)
-    for i in range(n):
-        row = packed[i * (i + 1) // 2 :][: i + 1]
-        G[i, : i + 1] = row
-        G[: i + 1, i] = row
-    return G
+def _sum(first: GramEntry, second: GramEntry) -> GramEntry:
+    energy = None if first.energy is None or second.energy is None else first.energy + second.energy
+    return replace(first, tokens=first.tokens + second.tokens, energy=energy)
 
 
-def packed_diagonal(packed: torch.Tensor, n: int) -> torch.Tensor:
-    """The diagonal `(n,)` of a packed lower triangle."""
-    i = torch.arange(n)
-    return packed[i * (i + 1) // 2 + i]
+def _side(record: StoredGram) -> Side:
+    return "input" if record.side in ("input", "input_gradient") else "output"
+
+
+def _stored_side(entry: GramEntry) -> str:
+    return f"{entry.side}_gradient" if entry.kind == "gradient" else entry.side
+
+
+def _tensor_name(entry: GramEntry) -> str:
+    return f"{entry.layers[0]}.{_stored_side(entry)}_gram"
 
 
 def _repeated(names: Sequence[str]) -> set[str]:
     return {name for name, count in Counter(names).items() if count > 1}
-
-
-def _tensor_name(entry: GramEntry) -> str:
-    return f"{entry.layers[0]}.{entry.side}_gram"
-
-
-def _size(entry: GramEntry) -> int:
-    return entry.features * (entry.features + 1) // 2

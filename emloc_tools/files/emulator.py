@@ -11,7 +11,8 @@ import torch
 
 from emloc_tools.errors import FormatError
 from emloc_tools.files.json_files import read_json, whole_number
-from emloc_tools.files.manifest import EmulatorManifest, FactoredLayer, read_manifest
+from emloc_tools.files.manifest import EmulatorV1, EmulatorV2, FactoredLayer, Weighting
+from emloc_tools.files.manifest_reader import read_manifest
 from emloc_tools.files.opening import file_inside, path_inside
 from emloc_tools.files.tensors import TensorFolder, content_hash
 
@@ -28,7 +29,7 @@ class Emulator:
     def __init__(self, folder: Path) -> None:
         self.folder, self.path = folder, folder / MANIFEST
         # The manifest's hash identifies the whole emulator, for it holds the hash of every tensor.
-        self.manifest, self.hash = read_manifest(self.path, EmulatorManifest, rules=("E1", "E2", "E3"))
+        self.manifest, self.hash = read_manifest(self.path, (EmulatorV1, EmulatorV2), rules=("E1", "E2", "E3"))
         self._check_config()
         self.tensors = TensorFolder.of_model(self._locate, rule="E4")
         try:
@@ -44,6 +45,11 @@ class Emulator:
     def layers(self) -> dict[str, FactoredLayer]:
         """The factored layers by module name."""
         return self.manifest.layers
+
+    @property
+    def weighting(self) -> Weighting | None:
+        """How the loss gradient weighted the error; None if it did not."""
+        return self.manifest.weighting if isinstance(self.manifest, EmulatorV2) else None
 
     def factors(self, layer: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """`U (out, k)`, `S (k,)`, `Vh (k, in)` in the stored dtype. Raises `FormatError` if they are damaged."""

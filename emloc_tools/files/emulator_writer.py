@@ -12,7 +12,7 @@ import torch
 from emloc_tools.errors import UnsupportedError
 from emloc_tools.files.emulator import FACTORS, MANIFEST
 from emloc_tools.files.folders import write_json, write_text
-from emloc_tools.files.manifest import EmulatorManifest, manifest_dict
+from emloc_tools.files.manifest import EmulatorManifest, EmulatorV1, EmulatorV2, Weighting, manifest_dict
 from emloc_tools.files.tensors import ShardedWriter, TensorSpec
 
 CARD = """---
@@ -106,19 +106,23 @@ class EmulatorWriter:
         modeling_file: str,
         modeling: str,
         fields: Mapping[str, Any],
+        weighting: Weighting | None = None,
     ) -> EmulatorManifest:
         """Write all other files. `base_config` is the base's config.json; `fields` are the manifest's other fields.
 
-        Raises `UnsupportedError` for a quantised base.
+        The version is 2 with a `weighting`, and 1 without. Raises `UnsupportedError` for a quantised base.
         """
         if base_config.get("quantization_config") is not None:
             raise UnsupportedError(
                 "the base is quantised (quantization_config); make emulators of the original weights"
             )
         self.tensors.finish()
-        manifest = EmulatorManifest.model_validate(
-            {**fields, "parameters": self.parameters, "tensors": dict(sorted(self.tensors.hashes.items()))}
-        )
+        fields = {**fields, "parameters": self.parameters, "tensors": dict(sorted(self.tensors.hashes.items()))}
+        manifest: EmulatorManifest
+        if weighting is None:
+            manifest = EmulatorV1.model_validate(fields)
+        else:
+            manifest = EmulatorV2.model_validate({**fields, "weighting": weighting})
         ranks = {name: layer.rank for name, layer in manifest.layers.items()}
         # The base's own keys stay as they are: other versions of transformers write others.
         config = {

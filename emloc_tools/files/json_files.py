@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeGuard
 
 from emloc_tools.errors import FormatError
 from emloc_tools.files.opening import open_regular, reason
@@ -60,7 +60,7 @@ def parse_object(data: bytes) -> dict[str, Any]:
     return value
 
 
-def whole_number(value: object) -> bool:
+def whole_number(value: object) -> TypeGuard[int]:
     """Whether a value from JSON is an integer >= 0 that was written as one: not `true`, not `1.0`."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 

@@ -1,24 +1,21 @@
 """The manifests of the three formats as strict models; `formats/*/schema.json` is generated from them.
 
 Unknown fields are errors: a writer that needs a new one raises the format version, so an old reader says so
-instead of reading half of it.
+instead of reading half of it. Each version is a model of its own, and a later one is told by a field that it adds.
 """
 
 from __future__ import annotations
 
-import reprlib
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import xxhash
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 import emloc_tools
-from emloc_tools.errors import FormatError
-from emloc_tools.files.json_files import parse_json_file, read_bytes, whole_number
-from emloc_tools.files.opening import file_inside
-from emloc_tools.records import Allocation, Orientation, Side
+from emloc_tools.records import Allocation, Loss, Orientation, Side
 
 LARGEST = 2**53 - 1  # the largest integer that every JSON reader holds exactly
 
@@ -77,29 +74,64 @@ class CalibratedLayer(Strict):
     weight_hash: Hash
 
 
-class GramRecord(Strict):
-    """One stored Gram matrix and the layers that it belongs to."""
+class StoredGram(Strict):
+    """A stored matrix of second moments and the layers that it belongs to."""
 
     tensor: Name
-    side: Side
+    side: str
     features: Count
     tokens: Count
     layers: Annotated[list[Name], Field(min_length=1)]
     hash: Hash
 
 
+class GramRecord(StoredGram):
+    """Second moments of what layers read (side `input`) or of what one gives (side `output`)."""
+
+    side: Side
+
+
+class GradientRecord(StoredGram):
+    """Second moments of the loss gradient g at the output of one layer, or of Wᵀg, the gradient at its input.
+
+    `energy` is Σ‖g‖² on either side.
+    """
+
+    side: Literal["input_gradient", "output_gradient"]
+    layers: Annotated[list[Name], Field(min_length=1, max_length=1)]
+    energy: Magnitude
+
+
 class CalibrationManifest(Strict):
-    """`calibration.json`."""
+    """What the versions of `calibration.json` have in common."""
 
     format: Literal["emloc-calibration"] = "emloc-calibration"
-    format_version: Literal[1] = 1
+    format_version: int
     made_by: MadeBy
     base: BaseRecord
     data: Annotated[list[DataRecord], Field(min_length=1)]
     layers: dict[Name, CalibratedLayer]
     unreached: list[Name]
-    grams: Annotated[list[GramRecord], Field(min_length=1)]
+    grams: Sequence[StoredGram]
     shards: Annotated[list[ShardName], Field(min_length=1)]
+
+
+class CalibrationV1(CalibrationManifest):
+    """`calibration.json` without gradients."""
+
+    format_version: Literal[1] = 1
+    grams: Annotated[list[GramRecord], Field(min_length=1)]
+
+
+class CalibrationV2(CalibrationManifest):
+    """`calibration.json` with gradients of a loss."""
+
+    format_version: Literal[2] = 2
+    grams: Annotated[
+        list[Annotated[GramRecord | GradientRecord, Field(discriminator="side")]],
+        Field(min_length=1),
+    ]
+    loss: Loss
 
 
 class CalibrationReference(Strict):
@@ -113,7 +145,8 @@ class FactoredLayer(Strict):
     """A layer that the emulator holds as `U diag(S) Vh`, and how good that is on the calibration data.
 
     `relative_error` is ‖X Wᵀ − X W_Eᵀ‖ / ‖X Wᵀ‖ (without calibration ‖W − W_E‖ / ‖W‖), before rounding to the
-    stored dtype. `total_energy` is ‖X Wᵀ‖² per token (without calibration ‖W‖²).
+    stored dtype. `total_energy` is ‖X Wᵀ‖² per token (without calibration ‖W‖²). Both are of weighted outputs where the
+    emulator is weighted.
     """
 
     out_features: Count
@@ -127,11 +160,17 @@ class FactoredLayer(Strict):
     floored: Amount
 
 
+class Weighting(Strict):
+    """How the loss gradient weighted the error: `damping`, a share of its mean square, was added to every direction."""
+
+    damping: Positive
+
+
 class EmulatorManifest(Strict):
-    """`emulator.json`."""
+    """What the versions of `emulator.json` have in common."""
 
     format: Literal["emloc-emulator"] = "emloc-emulator"
-    format_version: Literal[1] = 1
+    format_version: int
     made_by: MadeBy
     base: BaseRecord
     calibration: CalibrationReference | None
@@ -142,6 +181,19 @@ class EmulatorManifest(Strict):
     layers: Annotated[dict[Name, FactoredLayer], Field(min_length=1)]
     tensors: dict[Name, Hash]
     ignored_tensors: list[str]
+
+
+class EmulatorV1(EmulatorManifest):
+    """`emulator.json` of an emulator whose error is that of the outputs as they are."""
+
+    format_version: Literal[1] = 1
+
+
+class EmulatorV2(EmulatorManifest):
+    """`emulator.json` of an emulator whose error is weighted by the loss gradient."""
+
+    format_version: Literal[2] = 2
+    weighting: Weighting
 
 
 class CorrectedLayer(Strict):
@@ -172,33 +224,6 @@ class AdapterManifest(Strict):
     layers: dict[Name, CorrectedLayer]
     unchanged: list[str]
     tensors: dict[Name, Hash]
-
-
-Manifest = TypeVar("Manifest", CalibrationManifest, EmulatorManifest, AdapterManifest)
-
-
-def read_manifest(path: Path, model: type[Manifest], *, rules: tuple[str, str, str]) -> tuple[Manifest, str]:
-    """Read and check a manifest; returns it with the hash of the file's bytes.
-
-    `rules` are numbered: strict JSON object, format and version, fields. The version comes before any other field,
-    so that a later version is called that and not a damaged file.
-    """
-    readable, known, fields = rules
-    data = read_bytes(file_inside(path.parent, path.name, readable), readable)
-    value = parse_json_file(path, data, readable)
-    for key in ("format", "format_version"):
-        found, expected = value.get(key), model.model_fields[key].default
-        if found != expected or type(found) is not type(expected):
-            later = key == "format_version" and whole_number(found) and found > expected
-            remedy = "; update emloc-tools to read it" if later else ""
-            raise FormatError(
-                known, path, key, f"is {reprlib.repr(found)}; this version of emloc-tools reads {expected!r}{remedy}"
-            )
-    try:
-        return model.model_validate(value), f"xxh3_128:{xxhash.xxh3_128(data).hexdigest()}"
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise FormatError(fields, path, ".".join(map(str, first["loc"])), first["msg"]) from None
 
 
 def made_by(command: str) -> MadeBy:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from emloc_tools.files.calibration import GramEntry, pack_lower, write_calibration
+from emloc_tools.files.calibration import GramEntry, write_calibration
 from emloc_tools.files.emulator_writer import EmulatorWriter
 from emloc_tools.files.manifest import (
     BaseRecord,
@@ -17,6 +17,7 @@ from emloc_tools.files.manifest import (
     FactoredLayer,
     made_by,
 )
+from emloc_tools.files.packing import pack_lower
 from emloc_tools.files.tensors import TensorSpec
 
 HASH = "xxh3_128:" + "0123456789abcdef" * 2

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from emloc_tools.errors import FormatError
-from emloc_tools.files.calibration import Calibration, GramSpool, pack_lower, packed_diagonal, unpack_lower
+from emloc_tools.files.calibration import Calibration, GramSpool
+from emloc_tools.files.packing import pack_lower, packed_diagonal, unpack_lower
 from emloc_tools.records import Gram
 from tests.files.making import gram, save_calibration
 

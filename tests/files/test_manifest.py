@@ -13,7 +13,15 @@ import xxhash
 
 import emloc_tools
 from emloc_tools.errors import FormatError
-from emloc_tools.files.manifest import CalibrationManifest, file_hash, made_by, manifest_dict, read_manifest
+from emloc_tools.files.manifest import (
+    CalibrationManifest,
+    CalibrationV1,
+    CalibrationV2,
+    file_hash,
+    made_by,
+    manifest_dict,
+)
+from emloc_tools.files.manifest_reader import read_manifest
 from tests.files.making import BASE, DATA, HASH, save_calibration
 
 RULES = ("C1", "C2", "C3")
@@ -28,7 +36,7 @@ def manifest(tmp_path: Path) -> dict[str, Any]:
 def read(folder: Path, value: Any) -> CalibrationManifest:
     path = folder / "calibration.json"
     path.write_text(value if isinstance(value, str) else json.dumps(value))
-    return read_manifest(path, CalibrationManifest, rules=RULES)[0]
+    return read_manifest(path, (CalibrationV1, CalibrationV2), rules=RULES)[0]
 
 
 def test_a_manifest_survives_reading_and_writing(tmp_path: Path, manifest: dict[str, Any]) -> None:

@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 
 from emloc_tools.errors import InputError, MismatchError, UnsupportedError
-from emloc_tools.files.calibration import MANIFEST, Calibration, GramEntry, pack_lower, write_calibration
+from emloc_tools.files.calibration import MANIFEST, Calibration, GramEntry, write_calibration
 from emloc_tools.files.folders import check_output, new_folder
 from emloc_tools.files.manifest import CalibratedLayer, made_by
+from emloc_tools.files.packing import pack_lower
 from emloc_tools.files.tensors import MAX_SHARD_SIZE
 from emloc_tools.records import Progress, Step, silent
 from emloc_tools.stages.refusals import require_apart, require_artifact

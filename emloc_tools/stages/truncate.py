@@ -101,6 +101,7 @@ def truncate(
                 "made_by": made_by(command),
                 "layers": records,
             },
+            weighting=larger.weighting,
         )
     return WrittenEmulator(output, manifest, writer.tensors.total_size)
 

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TORCH := $(shell grep '^torch==' constraints.txt)
 OUTPUT ?= demo-run
 
-.PHONY: help demo test lint format docs goldens bench clean
+.PHONY: help demo test lint format docs bench clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -26,11 +26,12 @@ format: $(VENV)/.developer ## Put the code into the project's style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: $(VENV)/.developer ## Write what is generated: the command reference and the formats' schemas
+docs: $(VENV)/.developer ## Write what is generated: command reference, recorded results, schemas
 	$(BIN)/python -m docs.generate
-	$(BIN)/python -m emloc_tools.files.schemas
+	$(BIN)/python -m formats.make_schemas
 
 bench: $(VENV)/.installed ## Measure again what docs/benchmarks.md shows (about half an hour)
+	$(BIN)/python -m benchmarks.demo
 	$(BIN)/python -m benchmarks.streaming
 	$(BIN)/python -m benchmarks.decomposition
 	$(BIN)/python -m benchmarks.billion

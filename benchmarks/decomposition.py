@@ -51,7 +51,8 @@ def paper(W: torch.Tensor, gram: Gram, rank: int, dtype: torch.dtype) -> torch.T
     root = Q * eigenvalues.clamp(min=float(eigenvalues[-1]) * torch.finfo(dtype).eps).sqrt()
     inverse = torch.linalg.inv(root)
     U, S, Vh = torch.linalg.svd(W @ root, full_matrices=False)
-    return (U[:, :rank] * S[:rank]) @ (Vh[:rank] @ inverse)
+    W_E: torch.Tensor = (U[:, :rank] * S[:rank]) @ (Vh[:rank] @ inverse)
+    return W_E
 
 
 def ours(W: torch.Tensor, gram: Gram, rank: int, dtype: torch.dtype) -> torch.Tensor:

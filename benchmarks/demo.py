@@ -20,7 +20,9 @@ from emloc_tools.stages.demo import DemoResult, demo
 def main() -> None:
     """Run, write, print."""
     with tempfile.TemporaryDirectory(prefix="emloc-demo-") as folder:
-        result = demo(output=Path(folder) / "demo-run", progress=lambda step: print(step.title, step.detail, flush=True))
+        result = demo(
+            output=Path(folder) / "demo-run", progress=lambda step: print(step.title, step.detail, flush=True)
+        )
     figures = {**record.circumstances("demo"), **asdict(result), "output": "demo-run"}
     record.write("demo", figures, text(figures, result))
 

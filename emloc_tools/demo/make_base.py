@@ -81,20 +81,21 @@ The text is copyright Python Software Foundation and its contributors, used unde
 """
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Parse the arguments, train, save."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
+    parser.add_argument("--hidden-size", type=int, default=256, help="a multiple of 128")
+    options = parser.parse_args(arguments)
     texts = list(library_texts())
     random.Random(options.seed).shuffle(texts)
     split = round(len(texts) * (1 - HELD_OUT))
     tokenizer = train_tokenizer(texts[:split])
     training, held_out = encode(texts[:split], tokenizer), encode(texts[split:], tokenizer)
     print(f"{len(texts)} texts, {len(training):,} tokens to train on, {len(held_out):,} held out", flush=True)
-    model, loss = pretrain(training, steps=options.steps, seed=options.seed)
+    model, loss = pretrain(training, steps=options.steps, seed=options.seed, hidden_size=options.hidden_size)
     save(model, tokenizer, options.output)
     figures = {
         "steps": options.steps,
@@ -144,16 +145,16 @@ def encode(texts: list[str], tokenizer: Tokenizer) -> torch.Tensor:
     return torch.tensor([token for text in tokenizer.encode_batch(texts) for token in [*text.ids, EOS]])
 
 
-def new_model(seed: int) -> LlamaForCausalLM:
-    """A Llama of 3.5 million parameters with random weights."""
+def new_model(seed: int, hidden_size: int) -> LlamaForCausalLM:
+    """A Llama with random weights; of 3.5 million parameters at a hidden size of 256."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
-        hidden_size=256,
-        intermediate_size=704,
+        hidden_size=hidden_size,
+        intermediate_size=hidden_size * 11 // 4,
         num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        num_attention_heads=hidden_size // 64,
+        num_key_value_heads=hidden_size // 128,
         max_position_embeddings=POSITIONS,
         tie_word_embeddings=True,
         pad_token_id=PAD,
@@ -163,9 +164,9 @@ def new_model(seed: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def pretrain(tokens: torch.Tensor, *, steps: int, seed: int) -> tuple[LlamaForCausalLM, float]:
+def pretrain(tokens: torch.Tensor, *, steps: int, seed: int, hidden_size: int) -> tuple[LlamaForCausalLM, float]:
     """Train on random windows of `tokens` in float32; returns the model and the running mean of its loss."""
-    model = new_model(seed)
+    model = new_model(seed, hidden_size)
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_RATE, betas=(0.9, 0.95), weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_factor(step, steps))
     generator = torch.Generator().manual_seed(seed)

@@ -28,9 +28,9 @@ from transformers import (
 from transformers.utils import logging
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Load the model, put a LoRA on every linear layer, train it, save the adapter and a few figures."""
-    options = parse_arguments()
+    options = parse_arguments(arguments)
     warnings.simplefilter("ignore", FutureWarning)  # of one library about another
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -55,7 +55,7 @@ def main() -> None:
     print(f"trained {options.steps} steps in {figures['seconds']:.0f} s; the adapter is in {options.output}")
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", required=True)
@@ -70,7 +70,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--max-length", type=int, default=256)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", default="float32")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def encode(record: dict[str, Any], tokenizer: Any, max_length: int) -> dict[str, list[int]]:

@@ -161,8 +161,8 @@ class _Work:
         held_out = ["--data", "data/heldout.jsonl", *length, *precision]
         scores = self._evaluate("evaluate base", *base, *upper, *transferred, *held_out)
         for ratio in ratios:
-            emulator = ["--emulator", f"emulator-{ratio:g}", "--adapter", f"lora-{ratio:g}"]
-            scores += self._evaluate(f"evaluate {ratio:g}", *emulator, *held_out, ratio=ratio)
+            pair = ["--emulator", f"emulator-{ratio:g}", "--adapter", f"lora-{ratio:g}"]
+            scores += self._evaluate(f"evaluate {ratio:g}", *pair, *held_out, ratio=ratio)
         return scores, trainings
 
     def _train(self, ratio: float | None, model: str, output: str, *options: str) -> Training:

@@ -1,0 +1,168 @@
+"""One cell of the bench: a base, bed, seed and ratio; every way to get a LoRA for the base, scored on held-out text.
+
+Emulators, corrections and scores come from the stages, adapters from the plain trainer that the demo ships.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.transfer import baselines
+from benchmarks.transfer.beds import BEDS
+from emloc_tools.demo import train_lora
+from emloc_tools.stages.build_emulator import build_emulator
+from emloc_tools.stages.calibrate import calibrate
+from emloc_tools.stages.correct import correct
+from emloc_tools.stages.evaluate import evaluate
+
+LENGTH = 160  # tokens of a sample
+RATIOS = (0.1, 0.25, 0.5)
+SAMPLES = 64  # for calibration
+# What `build_emulator` is asked for. The first four are options of ours, the last two show each half of "gradient".
+EMULATORS: dict[str, dict[str, Any]] = {
+    "plain SVD": {"calibration": None},
+    "paper": {"weighting": "none", "allocation": "uniform"},
+    "adaptive": {"weighting": "none", "allocation": "adaptive"},
+    "gradient": {"weighting": "gradient", "allocation": "adaptive"},
+    "gradient weighting alone": {"weighting": "gradient", "allocation": "uniform"},
+    "gradient ranks alone": {"weighting": "none", "ranks of": "gradient"},
+}
+STAND_INS = ("layers dropped", "magnitudes pruned")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What is trained and scored in one go; a stand-in of one kind at one ratio, or the base itself (ratio None)."""
+
+    base: str
+    bed: str
+    seed: int
+    kind: str
+    ratio: float | None
+
+    @property
+    def name(self) -> str:
+        """Unique, and fit for a folder."""
+        size = "" if self.ratio is None else f"-{self.ratio:g}"
+        return f"{self.base}-{self.bed}-{self.seed}-{self.kind.replace(' ', '_')}{size}"
+
+
+def cells(base: str, bed: str, seed: int, kinds: tuple[str, ...], ratios: tuple[float, ...]) -> Iterator[Cell]:
+    """All cells of a group, in an order in which later ones find what they need of earlier ones."""
+    yield Cell(base, bed, seed, "base", None)
+    for ratio in ratios:
+        for kind in kinds:
+            yield Cell(base, bed, seed, kind, ratio)
+
+
+class Group:
+    """The cells of one base, bed and seed: they share a calibration."""
+
+    def __init__(self, base: Path, bed: str, seed: int, data: Path, work: Path, steps: int) -> None:
+        self._base, self._bed, self._seed, self._steps = base, BEDS[bed], seed, steps
+        self._train, self._held_out = data / "train.jsonl", data / "heldout.jsonl"
+        self._work = work
+        work.mkdir(parents=True, exist_ok=True)
+
+    def run(self, cell: Cell) -> list[dict[str, Any]]:
+        """The scores of a cell, one per model and adapter."""
+        if cell.kind == "base":
+            adapter = self._trained(self._base, "lora-on-base")
+            return self._scores({"LoRA on the base": adapter}, zero=True)
+        if cell.kind in STAND_INS:
+            return self._of_stand_in(cell)
+        return self._of_emulator(cell)
+
+    def _of_emulator(self, cell: Cell) -> list[dict[str, Any]]:
+        emulator, lora, corrected = (self._work / f"{cell.name}-{part}" for part in ("emulator", "lora", "corrected"))
+        self._build(cell, emulator)
+        self._trained(emulator, lora.name, trust=True)
+        correct(emulator=emulator, adapter=lora, base=str(self._base), output=corrected, overwrite=True)
+        scores = self._scores({"uncorrected": lora, "corrected": corrected})
+        for result in evaluate(emulator=emulator, adapters=[lora], **self._evaluation()):
+            variant = "emulator" if result.adapter is None else "emulator with LoRA"
+            scores.append(self._score(variant, result))
+        for folder in (lora, corrected):
+            shutil.rmtree(folder)
+        return scores
+
+    def _of_stand_in(self, cell: Cell) -> list[dict[str, Any]]:
+        model, lora = self._work / f"{cell.name}-model", self._work / f"{cell.name}-lora"
+        shutil.rmtree(model, ignore_errors=True)
+        assert cell.ratio is not None
+        kept: list[int] | None = None
+        if cell.kind == "layers dropped":
+            kept = baselines.drop_layers(self._base, cell.ratio, model)
+        else:
+            baselines.prune(self._base, cell.ratio, model)
+        self._trained(model, lora.name)
+        adapter = lora
+        if kept is not None:
+            adapter = self._work / f"{cell.name}-renumbered"
+            shutil.rmtree(adapter, ignore_errors=True)
+            baselines.renumber_adapter(lora, kept, adapter)
+        scores = self._scores({"uncorrected": adapter})
+        for folder in {model, lora, adapter}:
+            shutil.rmtree(folder)
+        return scores
+
+    def _build(self, cell: Cell, emulator: Path) -> None:
+        options = dict(EMULATORS[cell.kind])
+        calibration = options.pop("calibration", self._calibration())
+        other = options.pop("ranks of", None)
+        size: Mapping[str, Any] = {"ratio": cell.ratio}
+        if other is not None:
+            of = Cell(cell.base, cell.bed, cell.seed, other, cell.ratio)
+            weighted = self._work / f"{of.name}-ranks"
+            if not weighted.exists():
+                options_of = {**EMULATORS[other], "calibration": self._calibration()}
+                build_emulator(base=str(self._base), ratio=cell.ratio, output=weighted, **options_of)
+            from emloc_tools.files.emulator import Emulator
+
+            opened = Emulator(weighted)
+            opened.close()
+            size = {"ranks": {name: layer.rank for name, layer in opened.layers.items()}}
+        build_emulator(
+            base=str(self._base), calibration=calibration, output=emulator, overwrite=True, **size, **options
+        )
+
+    def _calibration(self) -> Path:
+        folder = self._work / "calibration"
+        if not folder.exists():
+            calibrate(
+                base=str(self._base),
+                data=self._train,
+                samples=SAMPLES,
+                max_length=LENGTH,
+                seed=self._seed,
+                gradients=True,
+                dtype="float32",
+                output=folder,
+            )
+        return folder
+
+    def _trained(self, model: Path, name: str, *, trust: bool = False) -> Path:
+        output = self._work / name
+        shutil.rmtree(output, ignore_errors=True)
+        arguments = ["--model", model, "--data", self._train, "--output", output, "--max-length", LENGTH]
+        arguments += ["--steps", self._steps, "--learning-rate", self._bed.learning_rate, "--seed", self._seed]
+        train_lora.main([*map(str, arguments), *(["--trust-remote-code"] if trust else [])])
+        return output
+
+    def _scores(self, adapters: Mapping[str, Path], *, zero: bool = False) -> list[dict[str, Any]]:
+        """The base with each adapter on the held-out text, and without one if asked for."""
+        names = {str(path): name for name, path in adapters.items()}
+        results = evaluate(base=str(self._base), adapters=list(adapters.values()), **self._evaluation())
+        scored = [result for result in results if zero or result.adapter is not None]
+        return [self._score("zero-shot" if r.adapter is None else names[r.adapter], r) for r in scored]
+
+    def _score(self, variant: str, result: Any) -> dict[str, Any]:
+        exact = {"exact": result.exact} if self._bed.has_answers else {}
+        return {"variant": variant, "loss": result.loss, "accuracy": result.accuracy, **exact}
+
+    def _evaluation(self) -> dict[str, Any]:
+        return {"data": self._held_out, "max_length": LENGTH, "batch_size": 8, "dtype": "float32"}

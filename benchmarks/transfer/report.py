@@ -1,0 +1,97 @@
+"""Means, standard deviations and the part of the gain that is closed, from the recorded scores."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from benchmarks import record
+
+Scores = list[dict[str, Any]]
+Key = tuple[str, str, float | None, str, str]  # base, bed, ratio, kind, variant
+
+
+def write(scores: Scores, folder: Path) -> None:
+    """Write `results/transfer.json` and `.md`."""
+    table = summary(scores)
+    figures = {
+        **record.circumstances("transfer"),
+        "scores": [{**dict(zip(KEYS, k, strict=True)), **v} for k, v in table.items()],
+    }
+    figures["command"] = f"python -m benchmarks.transfer --folder {folder.name}"
+    record.write("transfer", figures, text(figures, table))
+
+
+KEYS = ("base", "bed", "ratio", "kind", "variant")
+
+
+def summary(scores: Scores) -> dict[Key, dict[str, Any]]:
+    """Per combination: mean and standard deviation of the loss, and of the closed part of the gain, over the seeds.
+
+    The gain of a seed is that of its own LoRA on the base over the untouched base.
+    """
+    ends: dict[tuple[str, str, int], dict[str, float]] = defaultdict(dict)
+    for score in scores:
+        if score["kind"] == "base":
+            ends[score["base"], score["bed"], score["seed"]][score["variant"]] = score["loss"]
+    groups: dict[Key, Scores] = defaultdict(list)
+    for score in scores:
+        groups[tuple(score[name] for name in KEYS)].append(score)
+    return {key: _of_group(key, group, ends) for key, group in groups.items()}
+
+
+def _of_group(key: Key, group: Scores, ends: Mapping[tuple[str, str, int], Mapping[str, float]]) -> dict[str, Any]:
+    losses = [score["loss"] for score in group]
+    value: dict[str, Any] = {"seeds": len(group), "loss": mean(losses), "loss_std": spread(losses)}
+    if all("exact" in score for score in group):
+        value["exact"] = mean(score["exact"] for score in group)
+    closed = []
+    for score in group:
+        end = ends.get((score["base"], score["bed"], score["seed"]), {})
+        bottom, top = end.get("zero-shot"), end.get("LoRA on the base")
+        if bottom is not None and top is not None and not key[4].startswith("emulator"):
+            closed.append((bottom - score["loss"]) / (bottom - top))
+    if closed:
+        value |= {"closed": mean(closed), "closed_std": spread(closed)}
+    return value
+
+
+def spread(values: Iterable[float]) -> float:
+    """Standard deviation of a sample; 0 for a single value."""
+    values = list(values)
+    return stdev(values) if len(values) > 1 else 0.0
+
+
+def text(figures: Mapping[str, Any], table: Mapping[Key, Mapping[str, Any]]) -> str:
+    """A table per base and bed, in Markdown."""
+    lines = ["# Transfer", ""]
+    for base, bed in dict.fromkeys((key[0], key[1]) for key in table):
+        own = {key: value for key, value in table.items() if key[:2] == (base, bed)}
+        answers = any("exact" in value for value in own.values())
+        lines += [f"### Base {base}, bed {bed}", ""]
+        lines += [f"| ratio | stand-in | LoRA on | loss | gain closed |{' exact |' if answers else ''}"]
+        lines += [f"|--:|---|---|--:|--:|{'--:|' if answers else ''}"]
+        for (_, _, ratio, kind, variant), value in sorted(own.items(), key=_order):
+            closed = f"{value['closed']:.0%} ± {value['closed_std']:.0%}" if "closed" in value else ""
+            exact = f" {value['exact']:.0%} |" if "exact" in value else (" |" if answers else "")
+            where = variant if variant.startswith("emulator") or kind == "base" else f"base, {variant}"
+            cells = ["" if ratio is None else f"{ratio:g}", "" if kind == "base" else kind, where]
+            loss = f"{value['loss']:.3f} ± {value['loss_std']:.3f}"
+            lines.append(f"| {' | '.join([*cells, loss, closed])} |{exact}")
+        lines.append("")
+    return "\n".join([*lines, record.sentence(figures)]) + "\n"
+
+
+def _order(item: tuple[Key, Mapping[str, Any]]) -> tuple[float, str, int]:
+    _, _, ratio, kind, variant = item[0]
+    variants = ("zero-shot", "LoRA on the base", "emulator", "emulator with LoRA", "uncorrected", "corrected")
+    return (-1.0 if ratio is None else ratio, "" if kind == "base" else kind, variants.index(variant))
+
+
+def read(path: Path) -> Scores:
+    """The recorded scores of a run."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

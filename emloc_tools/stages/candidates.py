@@ -61,7 +61,7 @@ def load_pairs(adapter: Adapter) -> dict[str, LoraPair]:
     return {module: LoraPair(*adapter.pair(module), keys.scaling) for module, keys in adapter.loras.items()}
 
 
-def require_shapes(target: Target, path: str, pairs: Mapping[str, LoraPair]) -> None:
+def require_shapes(target: Target, path: Path, pairs: Mapping[str, LoraPair]) -> None:
     """Refuse the adapter in `path` if one of its pairs does not fit the model."""
     modules = dict(target.model.named_modules())
     for name, pair in pairs.items():

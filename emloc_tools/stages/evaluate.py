@@ -85,11 +85,11 @@ def evaluate(
     if emulator is not None:
         require_artifact(emulator, EMULATOR, "an emulator")
         opened.append(open_emulator_target(emulator, dtype))
-    results = []
-    for number, target in enumerate(opened):
-        usable = {
-            str(path): pairs for path, (pairs, corrected) in loaded.items() if not (corrected and target.is_emulator)
-        }
+    jobs = []
+    for target in opened:  # everything is checked before the first weight is read
+        usable = {path: pairs for path, (pairs, corrected) in loaded.items() if not (corrected and target.is_emulator)}
+        for path, pairs in usable.items():
+            require_shapes(target, path, pairs)
         batches = load_batches(
             data,
             target.source,
@@ -99,14 +99,14 @@ def evaluate(
             seed=seed,
             trust_remote_code=trust_remote_code,
         )
-        variants = [None, *usable]
-        for name, pairs in usable.items():
-            require_shapes(target, name, pairs)
+        jobs.append((target, usable, batches))
+    results = []
+    for number, (target, usable, batches) in enumerate(jobs):
         with target.tensors:
-            sums = _run(target, batches, list(usable.values()), device, number, len(opened), progress)
-        for variant, total in zip(variants, sums, strict=True):
-            corrected = variant is not None and loaded[Path(variant)][1]
-            results.append(total.result(target.name, variant, corrected))
+            first, *others = _run(target, batches, list(usable.values()), device, number, len(jobs), progress)
+        results.append(first.result(target.name, None, False))
+        for path, total in zip(usable, others, strict=True):
+            results.append(total.result(target.name, str(path), loaded[path][1]))
     return results
 
 

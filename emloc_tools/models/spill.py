@@ -103,6 +103,7 @@ class Spill:
         """Forget what was appended after the file had `size` bytes."""
         os.ftruncate(self._file.fileno(), size)
         self.size = size
+        self._known.clear()
 
     def _append(self, tensor: torch.Tensor) -> Stored:
         # The order in memory is kept: code may rely on a transposed tensor becoming contiguous by transposing it back.

@@ -30,7 +30,7 @@ class Tape:
         self.sinks: dict[Any, Slot] = {}
         self._anchor = anchor
         self._fresh: list[weakref.ref[Saved]] = []
-        self._aliases: list[tuple[weakref.ref[torch.Tensor], int | None, str]] = []
+        self._aliases: list[tuple[torch.Tensor, int | None, str]] = []
 
     def record(
         self, visit: Visit, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], spill: Spill
@@ -153,17 +153,22 @@ class Tape:
         tensors = list({id(tensor): tensor for tensor in (*new, *arguments) if tensor.numel()}.values())
         users = Counter(map(_address, tensors))
         shared = {_address(tensor) for tensor in new if users[_address(tensor)] > 1}
-        self._aliases += [(weakref.ref(t), version(t), unit.name) for t in tensors if _address(t) in shared]
+        self._aliases += [(_counter(t), version(t), unit.name) for t in tensors if _address(t) in shared]
 
     def _check_aliases(self) -> None:
-        alive = [(reference(), before, name) for reference, before, name in self._aliases]
-        for tensor, before, name in alive:
-            if tensor is not None and version(tensor) != before:
+        for counter, before, name in self._aliases:
+            if version(counter) != before:
                 raise UnsupportedError(
                     f"the model changes in place a tensor that shares its memory with another input or output of "
                     f"{name}; the streamed backward cannot follow that"
                 )
-        self._aliases = [alias for alias in self._aliases if alias[0]() is not None]
+
+
+def _counter(tensor: torch.Tensor) -> torch.Tensor:
+    """An empty tensor with the version of another one, now and later: watching must not keep memory."""
+    counter = tensor.detach()
+    counter.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    return counter
 
 
 def _address(tensor: torch.Tensor) -> int:

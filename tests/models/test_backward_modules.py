@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.utils import ModelOutput
 
+from emloc_tools.models.spill import Spill
 from tests.models.backward_reference import collect, distance, reference, stream_module_backward
 from tests.models.test_backward import EXACT, count_reads
 
@@ -135,7 +136,9 @@ class Odd(nn.Module):
         x = x + torch.tanh(buffer)
         with torch.no_grad():
             fixed = self.frozen[0](x)
-        output, best, nothing, (again, scale) = structured(Pair(x, fixed.abs() + 0.5), flag="on", options={"numbers": [1, 2]})
+        output, best, nothing, (again, scale) = structured(
+            Pair(x, fixed.abs() + 0.5), flag="on", options={"numbers": [1, 2]}
+        )
         assert nothing is None
         assert best.dtype == torch.long
         x = output.hidden + 0.1 * again * scale
@@ -269,6 +272,27 @@ def test_memory_does_not_grow_with_depth(direction: str, tmp_path: Path) -> None
         del stream
     gc.unfreeze()
     assert peaks[1] < 1.05 * peaks[0]
+
+
+def test_work_between_units_is_differentiated_once_whatever_the_depth(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Residual connections between units would carry every gradient through all blocks below, were they not cut."""
+    loads: list[int] = []
+    load = Spill.load
+
+    def counting(spill: Spill, stored: Any) -> torch.Tensor:
+        loads[-1] += 1
+        return load(spill, stored)
+
+    monkeypatch.setattr(Spill, "load", counting)
+    for make in (Deep, Deeper):
+        folder = tmp_path / make.__name__
+        folder.mkdir()
+        _, stream, _ = stream_module_backward(make, folder)
+        loads.append(0)
+        stream.run_backward(forwards(stream.model), loss)
+    assert 0 < loads[1] < 1.1 * loads[0] * Deeper.depth / Deep.depth
 
 
 def live_bytes() -> int:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+
+import transformers
 
 from emloc_tools.models.companions import copy_companions
 from emloc_tools.models.source import open_source
@@ -34,5 +37,28 @@ def test_tokenizer_processor_and_licence_are_copied_and_nothing_else(tmp_path: P
     tokenizer = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
     assert set(copied) == {path.name for path in output.iterdir()} == TAKEN | tokenizer
     assert copied == sorted(copied)
-    for name in copied:
+    for name in set(copied) - {"tokenizer_config.json"}:
         assert (output / name).read_bytes() == (base / name).read_bytes()
+
+
+def test_a_tokenizer_saved_by_transformers_5_gets_the_name_that_4_knows_and_stays_the_same(tmp_path: Path) -> None:
+    base, output = tmp_path / "base", tmp_path / "output"
+    pico.save_model(base)
+    saved = json.loads((base / "tokenizer_config.json").read_text())
+    assert saved["tokenizer_class"] == "TokenizersBackend"
+    output.mkdir()
+    copy_companions(open_source(str(base)), output)
+    copied = json.loads((output / "tokenizer_config.json").read_text())
+    assert copied == {**saved, "tokenizer_class": "PreTrainedTokenizerFast"}
+    text = "for x in range(3):  # ünïcode"
+    tokenizers = [transformers.AutoTokenizer.from_pretrained(folder) for folder in (base, output)]
+    assert tokenizers[0](text)["input_ids"] == tokenizers[1](text)["input_ids"]
+
+
+def test_a_tokenizer_configuration_that_is_no_json_is_copied_as_it_is(tmp_path: Path) -> None:
+    base, output = tmp_path / "base", tmp_path / "output"
+    pico.save_model(base)
+    (base / "tokenizer_config.json").write_text("{")
+    output.mkdir()
+    copy_companions(open_source(str(base)), output)
+    assert (output / "tokenizer_config.json").read_text() == "{"

@@ -15,6 +15,7 @@ from emloc_tools.files.tensor_file import TensorFile, as_bytes, content_hash
 UP = "model.layers.0.mlp.up_proj"
 Q = "model.layers.0.self_attn.q_proj"
 DOWN_GRAM = "model.layers.0.mlp.down_proj.output_gram"
+DOWN_GRADIENT = "model.layers.0.mlp.down_proj.output_gradient_gram"
 LORA_A = f"base_model.model.{Q}.lora_A.weight"
 
 
@@ -99,14 +100,25 @@ def _calibration() -> list[Bad]:
     def json_case(rule: str, what: str, field: str, change: Callable[[Any], object], good: str = source) -> Bad:
         return Bad(rule, what, good, manifest, field, in_json(manifest, change))
 
+    def gradient_case(rule: str, what: str, field: str, change: Callable[[Any], object]) -> Bad:
+        return json_case(rule, what, field, change, "ok-gradients")
+
     return [
         Bad("C1", "duplicate-key", source, manifest, "", in_bytes(manifest, twice)),
         Bad("C1", "byte-order-mark", source, manifest, "", in_bytes(manifest, lambda data: b"\xef\xbb\xbf" + data)),
+        # Made when version 2 was to come. It still breaks the rule: version 2 has a field of its own.
         json_case("C2", "later-version", "format_version", lambda m: m.update(format_version=2)),
+        json_case("C2", "version-3", "format_version", lambda m: m.update(format_version=3)),
         json_case("C2", "other-format", "format", lambda m: m.update(format="emloc-emulator")),
         json_case("C3", "unknown-field", "comment", lambda m: m.update(comment="hello")),
         json_case("C3", "path-outside", "shards.0", lambda m: m.update(shards=["../" + shard])),
         json_case("C3", "boolean-count", "grams.0.tokens", lambda m: m["grams"][0].update(tokens=True)),
+        gradient_case("C3", "gradient-in-version-1", "grams.1.side", _as_version_1("loss")),
+        gradient_case("C3", "gradient-without-energy", "grams.1.energy", lambda m: m["grams"][1].pop("energy")),
+        gradient_case(
+            "C3", "gradient-of-two-layers", "grams.1.layers", lambda m: m["grams"][1]["layers"].append(other)
+        ),
+        gradient_case("C3", "unknown-loss", "loss", lambda m: m.update(loss="hinge")),
         Bad("C4", "absent-shard", source, manifest, f"shards.{shard}", remove(shard)),
         Bad("C4", "truncated", source, shard, "", in_bytes(shard, lambda data: data[:-4])),
         Bad("C4", "offset-past-end", source, shard, DOWN_GRAM, in_header(shard, _offsets(DOWN_GRAM, [8, 32]))),
@@ -116,6 +128,12 @@ def _calibration() -> list[Bad]:
         ),
         json_case(
             "C6", "layer-without-gram", f"layers.{other}", lambda m: m["layers"].update({other: m["layers"][layer]})
+        ),
+        gradient_case(
+            "C6", "two-gradients", f"{Q}.input_gradient_gram", lambda m: m["grams"][2].update(layers=[layer])
+        ),
+        gradient_case(
+            "C7", "gradient-on-wrong-side", DOWN_GRADIENT, lambda m: m["grams"][1].update(side="input_gradient")
         ),
         json_case("C7", "wrong-side", DOWN_GRAM, lambda m: m["grams"][0].update(side="input")),
         Bad("C8", "changed-value", source, manifest, DOWN_GRAM, in_tensor(shard, DOWN_GRAM, lambda t: t.add_(1))),
@@ -128,6 +146,7 @@ def _calibration() -> list[Bad]:
             in_tensor(shard, DOWN_GRAM, lambda t: t[:1].fill_(-1), manifest=manifest),
         ),
         json_case("C10", "unreached-layer-has-data", f"unreached.{layer}", lambda m: m["unreached"].append(layer)),
+        json_case("C11", "no-gradient", "grams", lambda m: m.update(format_version=2, loss="next-token")),
     ]
 
 
@@ -141,15 +160,23 @@ def _emulator() -> list[Bad]:
     def in_config(rule: str, what: str, field: str, change: Callable[[Any], object]) -> Bad:
         return Bad(rule, what, source, config, field, in_json(config, change))
 
+    def weighted_case(what: str, field: str, change: Callable[[Any], object]) -> Bad:
+        return Bad("E3", what, "ok-weighted", manifest, field, in_json(manifest, change))
+
     def values_case(what: str, factor: str, field: str, change: Callable[[torch.Tensor], object]) -> Bad:
         damage = in_tensor(weights, f"{UP}.{factor}", change, manifest=manifest)
         return Bad("E6", what, source, manifest, field, damage)
 
     return [
         Bad("E1", "not-json", source, manifest, "", in_bytes(manifest, lambda data: data[: len(data) // 2])),
+        # Made when version 2 was to come. It still breaks the rule: version 2 has a field of its own.
         in_manifest("E2", "later-version", "format_version", lambda m: m.update(format_version=2)),
+        in_manifest("E2", "version-3", "format_version", lambda m: m.update(format_version=3)),
         in_manifest("E3", "missing-field", "base", lambda m: m.pop("base")),
         in_manifest("E3", "fraction-for-count", "parameters", lambda m: m.update(parameters=50.5)),
+        weighted_case("weighting-in-version-1", "weighting", lambda m: m.update(format_version=1)),
+        weighted_case("weighted-without-calibration", "calibration", lambda m: m.update(calibration=None)),
+        weighted_case("undamped", "weighting.damping", lambda m: m["weighting"].update(damping=0.0)),
         Bad("E4", "absent-shard", sharded, index, "weight_map", remove("model-00003-of-00003.safetensors")),
         Bad("E4", "path-outside", sharded, index, "weight_map.lm_head.weight", in_json(index, _outside)),
         Bad("E4", "unlisted-tensor", sharded, "model-00002-of-00003.safetensors", UP + ".U", in_json(index, _unlisted)),
@@ -162,6 +189,7 @@ def _emulator() -> list[Bad]:
         values_case("nan", "Vh", UP, lambda t: t[0, :1].fill_(float("nan"))),
         values_case("unsorted", "S", f"{UP}.S", lambda t: t.copy_(t.flip(0).clone())),
         in_config("E7", "other-rank", "emloc", lambda c: c["emloc"]["ranks"].update({UP: 1})),
+        Bad("E7", "other-version", "ok-weighted", config, "emloc", in_json(config, _config_of_version_1)),
         Bad("E8", "guard-missing", source, manifest, "layers", _without_guard(manifest, weights)),
         in_manifest("E9", "unlisted-tensor", "tensors.lm_head.weight", lambda m: m["tensors"].pop("lm_head.weight")),
         Bad(
@@ -208,6 +236,15 @@ def _adapter() -> list[Bad]:
             "A13", "other-alpha", corrected, manifest, f"layers.{Q}", in_json(config, lambda c: c.update(lora_alpha=4))
         ),
     ]
+
+
+def _as_version_1(field: str) -> Callable[[dict[str, Any]], object]:
+    """An earlier version's number, without the field that tells the later one."""
+    return lambda manifest: (manifest.pop(field), manifest.update(format_version=1))
+
+
+def _config_of_version_1(config: dict[str, Any]) -> None:
+    config["emloc"]["format_version"] = 1
 
 
 def _offsets(name: str, offsets: list[int]) -> Callable[[dict[str, Any]], object]:

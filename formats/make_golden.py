@@ -20,9 +20,10 @@ from emloc_tools.files.adapter import write_adapter
 from emloc_tools.files.calibration import GramEntry, write_calibration
 from emloc_tools.files.emulator_writer import EmulatorWriter
 from emloc_tools.files.folders import write_json
-from emloc_tools.files.manifest import BaseRecord, CalibrationReference, DataRecord, FactoredLayer, MadeBy
+from emloc_tools.files.manifest import BaseRecord, CalibrationReference, DataRecord, FactoredLayer, MadeBy, Weighting
 from emloc_tools.files.packing import pack_lower
 from emloc_tools.files.tensors import ShardedWriter, TensorSpec, content_hash
+from emloc_tools.records import GradientGram, Loss, Side
 from formats.bad_golden import BAD
 
 FORMATS = Path(__file__).parent
@@ -31,6 +32,7 @@ REVISION = "0123456789abcdef0123456789abcdef01234567"
 TOKENS = 12
 MODELING = '"""In a real emulator: the model class with low-rank layers. No reader of the format runs it."""\n'
 LARGE = 1 << 40  # bytes; one shard
+ROOT = (0.5, 0.5, 1.0, 0.5, 1.0, 0.5, 1.0, 2.0)  # R, diagonal, of a weighted layer with 8 outputs: the mean of R² is 1
 
 
 def values(seed: int, *shape: int) -> torch.Tensor:
@@ -57,21 +59,30 @@ def calibration(
     max_shard_size: int = LARGE,
     parts: int = 1,
     unreached: tuple[str, ...] = (),
+    gradients: tuple[str, ...] = (),
+    loss: Loss | None = None,
 ) -> None:
-    """`layers` maps a name to (out, in, orientation); `grams` are (layers, side)."""
+    """`layers` maps a name to (out, in, orientation); `grams` are (layers, side); `gradients` are layers."""
     folder.mkdir(parents=True)
     entries = [
         GramEntry(tuple(names), side, layers[names[0]][1 if side == "input" else 0], TOKENS * parts)
         for names, side in grams
     ]
+    found = {name: gradient(list(layers).index(name), TOKENS * parts, layers[name]) for name in gradients}
+    of_gradients = [
+        GramEntry((name,), gram.side, len(gram.matrix), gram.tokens, "gradient", gram.energy)
+        for name, gram in found.items()
+    ]
 
     def packed(entry: GramEntry) -> torch.Tensor:
+        if entry.kind == "gradient":
+            return pack_lower(found[entry.layers[0]].matrix)
         X = values(entries.index(entry), TOKENS * parts, entry.features)
         return pack_lower(X.T @ X)
 
     write_calibration(
         folder,
-        entries,
+        [*entries, *of_gradients],
         packed,
         max_shard_size=max_shard_size,
         fields={
@@ -89,8 +100,20 @@ def calibration(
                 for index, (name, (rows, columns, orientation)) in enumerate(layers.items())
             },
             "unreached": list(unreached),
+            "loss": loss,
         },
     )
+
+
+def gradient(index: int, tokens: int, layer: tuple[int, int, str]) -> GradientGram:
+    """The Gram of made-up gradients at the output of the `index`-th layer, on its smaller side."""
+    rows, columns, orientation = layer
+    stored = weight(index, rows, columns, orientation).double()
+    W = stored.T if orientation == "conv1d" else stored
+    g = values(50 + index, tokens, rows).double()  # in float64 the products below are exact
+    h = g @ W if rows > columns else g
+    side: Side = "input" if rows > columns else "output"
+    return GradientGram((h.T @ h).float(), side, tokens, float((g**2).sum()))
 
 
 def weight(seed: int, rows: int, columns: int, orientation: str) -> torch.Tensor:
@@ -105,9 +128,13 @@ def emulator(
     *,
     dtype: torch.dtype,
     calibrated: bool,
+    weighted: bool = False,
     max_shard_size: int = LARGE,
 ) -> None:
-    """`layers` maps a name to (out, in, orientation, rank); U is exactly orthonormal, and W_E = U Uᵀ W."""
+    """`layers` maps a name to (out, in, orientation, rank).
+
+    For an exactly orthonormal V, `W_E = V Vᵀ W`, or `R⁻¹ V Vᵀ R W` where it is weighted.
+    """
     folder.mkdir(parents=True)
     conv1d = any(layer[2] == "conv1d" for layer in layers.values())
     dense = {"lm_head.weight": values(1, 6, 4)}
@@ -128,12 +155,13 @@ def emulator(
         stored = weight(index, rows, columns, orientation)
         W = stored.T if orientation == "conv1d" else stored
         signs = torch.tensor([[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]]) / 2.0
-        U = torch.zeros(rows, rank)
-        U[:4] = signs[:, :rank]
+        V = torch.zeros(rows, rank)
+        V[:4] = signs[:, :rank]
         S = torch.tensor([4.0, 2.0, 0.5])[:rank]
-        writer.write_factors(name, U, S, (U.T @ W) / S[:, None])
+        R = torch.tensor(ROOT if weighted else (1.0,) * rows)[:, None]
+        writer.write_factors(name, V / R, S, (V.T @ (R * W)) / S[:, None])
         X = (values(30 + index, TOKENS, columns) if calibrated else torch.eye(columns)).double()
-        Y, lost = X @ W.T.double(), X @ (W - U @ (U.T @ W)).T.double()
+        Y, lost = X @ (R * W).T.double(), X @ (R * W - V @ (V.T @ (R * W))).T.double()
         records[name] = FactoredLayer(
             out_features=rows,
             in_features=columns,
@@ -163,6 +191,7 @@ def emulator(
             "layers": records,
             "ignored_tensors": [],
         },
+        weighting=Weighting(damping=0.05) if weighted else None,
     )
 
 
@@ -224,6 +253,11 @@ def make(root: Path) -> None:
     grams = [([name], "input") for name in gpt2]
     expert = ("transformer.h.3.attn.c_attn",)
     calibration(folder / "ok-merged-shards", gpt2, grams, max_shard_size=90, parts=2, unreached=expert)
+    some = (next(iter(attention)), *down)  # of a wide layer, of a narrow one, and not of the others
+    mixed = [(list(attention), "input"), (list(down), "output")]
+    calibration(folder / "ok-gradients", attention | down, mixed, gradients=some, loss="next-token")
+    every = tuple(gpt2)
+    calibration(folder / "ok-gradients-shards", gpt2, grams, max_shard_size=90, parts=2, gradients=every, loss="model")
 
     folder = root / "emulator" / "golden"
     two = {"model.layers.0.mlp.up_proj": (8, 4, "linear", 2), "model.layers.0.mlp.down_proj": (4, 8, "linear", 1)}
@@ -231,7 +265,9 @@ def make(root: Path) -> None:
     emulator(folder / "ok-linear-single-file", two, dtype=torch.float32, calibrated=True)
     emulator(folder / "ok-linear-shards", two, dtype=torch.float16, calibrated=True, max_shard_size=64)
     emulator(folder / "ok-conv1d-bfloat16", one, dtype=torch.bfloat16, calibrated=True)
-    emulator(folder / "ok-plain-svd", dict(list(two.items())[:1]), dtype=torch.float32, calibrated=False)
+    up = dict(list(two.items())[:1])
+    emulator(folder / "ok-plain-svd", up, dtype=torch.float32, calibrated=False)
+    emulator(folder / "ok-weighted", up, dtype=torch.float32, calibrated=True, weighted=True)
 
     folder = root / "adapter" / "golden"
     modules = {"model.layers.0.self_attn.q_proj": 2, "model.layers.0.mlp.up_proj": 2}

@@ -4,18 +4,37 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any, Union
 
-from emloc_tools.files.manifest import AdapterManifest, CalibrationManifest, EmulatorManifest
+from pydantic import TypeAdapter
 
-MODELS = {"calibration": CalibrationManifest, "emulator": EmulatorManifest, "adapter": AdapterManifest}
+from emloc_tools.files.manifest import AdapterManifest, CalibrationV1, CalibrationV2, EmulatorV1, EmulatorV2, Strict
+
+# The models of the versions 1, 2, … of each format.
+MODELS: dict[str, tuple[type[Strict], ...]] = {
+    "calibration": (CalibrationV1, CalibrationV2),
+    "emulator": (EmulatorV1, EmulatorV2),
+    "adapter": (AdapterManifest,),
+}
 
 
 def schema_text(name: str) -> str:
-    """The JSON Schema of a format's manifest, as the file holds it."""
+    """The JSON Schema of a format's manifest, as the file holds it: of one version, or of exactly one of several."""
     # Of what is written, not of what is accepted: there `format` and `format_version` are required.
-    schema = MODELS[name].model_json_schema(mode="serialization")
-    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+    schema = TypeAdapter(Union[MODELS[name]]).json_schema(mode="serialization")  # noqa: UP007 - as many as there are
+    if "anyOf" in schema:  # versions exclude each other, for `format_version` is a constant in each
+        schema["oneOf"] = schema.pop("anyOf")
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **_plain(schema)}
     return json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
+
+
+def _plain(schema: Any) -> Any:
+    """Without `discriminator`, which belongs to OpenAPI: its sides are constants that exclude each other anyway."""
+    if isinstance(schema, list):
+        return [_plain(item) for item in schema]
+    if isinstance(schema, dict):
+        return {key: _plain(value) for key, value in schema.items() if key != "discriminator"}
+    return schema
 
 
 def main() -> None:

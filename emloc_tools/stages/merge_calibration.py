@@ -13,10 +13,10 @@ import torch
 from emloc_tools.errors import InputError, MismatchError, UnsupportedError
 from emloc_tools.files.calibration import MANIFEST, Calibration, GramEntry, write_calibration
 from emloc_tools.files.folders import check_output, new_folder
-from emloc_tools.files.manifest import CalibratedLayer, made_by
+from emloc_tools.files.manifest import CalibratedLayer, GradientRecord, made_by
 from emloc_tools.files.packing import pack_lower
 from emloc_tools.files.tensors import MAX_SHARD_SIZE
-from emloc_tools.records import Progress, Step, silent
+from emloc_tools.records import Loss, Progress, Side, Step, silent
 from emloc_tools.stages.refusals import require_apart, require_artifact
 
 
@@ -43,9 +43,9 @@ def merge_calibration(
 ) -> MergeResult:
     """Write the sum of two or more calibrations, one Gram in memory at a time.
 
-    A layer that only some parts reached keeps what those have. Raises `MismatchError` if the parts come from
-    different weights or two of them from the same samples, `UnsupportedError` if a layer has input-side statistics in
-    one part and output-side in another.
+    A layer that only some parts reached, or have gradients of, keeps what those have. Raises `MismatchError` if the
+    parts come from different weights or two of them from the same samples, `UnsupportedError` if a layer has input-side
+    statistics in one part and output-side in another, or gradients are of different losses.
     """
     check_output(output, overwrite=overwrite)
     if len(parts) < 2:
@@ -57,14 +57,13 @@ def merge_calibration(
         opened = [stack.enter_context(contextlib.closing(Calibration(path))) for path in parts]
         _refuse_same_samples(opened)
         layers = _common_layers(opened)
-        entries = _entries(opened, layers)
+        entries = [*_entries(opened, layers), *_gradients(opened)]
         done = itertools.count(1)
 
         def add_up(entry: GramEntry) -> torch.Tensor:
             total = torch.zeros(entry.features, entry.features)
             for part in opened:
-                if entry.layers[0] in part.manifest.layers:
-                    total += part.gram(entry.layers[0]).matrix
+                total += _matrix(part, entry)
             progress(Step("merge", next(done), len(entries), entry.layers[0]))
             return pack_lower(total)
 
@@ -80,6 +79,7 @@ def merge_calibration(
                 "data": [record for part in opened for record in part.manifest.data],
                 "layers": layers,
                 "unreached": _unreached(opened, layers),
+                "loss": _common_loss(opened),
             },
         )
     return MergeResult(
@@ -132,11 +132,52 @@ def _entries(parts: Sequence[Calibration], layers: Mapping[str, CalibratedLayer]
     entries = []
     for names in groups.values():
         records = [part.record(names[0]) for part in parts if names[0] in part.manifest.layers]
-        if len({record.side for record in records}) > 1:
-            raise UnsupportedError(
-                f"{names[0]} has input-side statistics in one calibration and output-side in another; calibrate again "
-                "with the same --targets"
-            )
+        _same_side(names[0], [record.side for record in records], "statistics")
         tokens = sum(record.tokens for record in records)
         entries.append(GramEntry(tuple(names), records[0].side, records[0].features, tokens))
     return entries
+
+
+def _gradients(parts: Sequence[Calibration]) -> list[GramEntry]:
+    """One gradient Gram per layer that any part has one of."""
+    records: dict[str, list[GradientRecord]] = {}
+    for part in parts:
+        for record in part.manifest.grams:
+            if isinstance(record, GradientRecord):
+                records.setdefault(record.layers[0], []).append(record)
+    entries = []
+    for name, found in records.items():
+        _same_side(name, [record.side for record in found], "gradients")
+        side: Side = "input" if found[0].side == "input_gradient" else "output"
+        tokens, energy = sum(record.tokens for record in found), sum(record.energy for record in found)
+        entries.append(GramEntry((name,), side, found[0].features, tokens, "gradient", energy))
+    return entries
+
+
+def _same_side(layer: str, sides: Sequence[str], what: str) -> None:
+    if len(set(sides)) > 1:
+        raise UnsupportedError(
+            f"{layer} has input-side {what} in one calibration and output-side in another; calibrate again with the "
+            "same --targets"
+        )
+
+
+def _matrix(part: Calibration, entry: GramEntry) -> torch.Tensor:
+    """What a part adds to an entry `(features, features)`; a zero that broadcasts if it has nothing."""
+    name = entry.layers[0]
+    if entry.kind == "gradient":
+        gradient = part.gradient(name)
+        return torch.zeros(()) if gradient is None else gradient.matrix
+    return part.gram(name).matrix if name in part.manifest.layers else torch.zeros(())
+
+
+def _common_loss(parts: Sequence[Calibration]) -> Loss | None:
+    """What the gradients are of; None without any."""
+    losses = {part.loss: part.folder for part in parts if part.loss is not None}
+    if len(losses) > 1:
+        (first, one), (second, other) = list(losses.items())[:2]
+        raise UnsupportedError(
+            f"{one} holds gradients of the loss {first!r} and {other} of {second!r}, which do not add up; calibrate "
+            "again with the same kind of data"
+        )
+    return next(iter(losses), None)

@@ -94,10 +94,16 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def write_json(path: Path, value: Any) -> None:
+    """Replace a JSON file."""
+    path.write_text(json.dumps(value), encoding="utf-8")
+
+
 def read_grams(folder: Path) -> dict[str, tuple[str, int, torch.Tensor, str]]:
     """Per layer of a calibration folder: side, tokens, the whole Gram in float64, and the name of its tensor."""
     tensors, grams = read_tensors(folder), {}
     for record in read_json(folder / "calibration.json")["grams"]:
+        assert record["side"] in ("input", "output"), "gradients would replace the data's Grams here"
         n = record["features"]
         rows, columns = torch.tril_indices(n, n)
         G = torch.zeros(n, n, dtype=torch.float64)

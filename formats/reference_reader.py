@@ -49,11 +49,12 @@ def read_json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def read_manifest(path: Path, kind: str) -> dict[str, Any]:
-    """A manifest of version 1."""
+def read_manifest(path: Path, kind: str, newest: int) -> dict[str, Any]:
+    """A manifest of version 1 to `newest`."""
     manifest = read_json(path)
-    if (manifest["format"], manifest["format_version"]) != (f"emloc-{kind}", 1):
-        raise SystemExit(f"{path} is {manifest['format']} {manifest['format_version']}, not emloc-{kind} 1")
+    name, version = manifest["format"], manifest["format_version"]
+    if name != f"emloc-{kind}" or version not in range(1, newest + 1):
+        raise SystemExit(f"{path} is {name} {version}; this program reads emloc-{kind} up to {newest}")
     return manifest
 
 
@@ -64,12 +65,15 @@ def unpack(packed: np.ndarray, n: int) -> np.ndarray:
     return G + np.tril(G, -1).T
 
 
-def read_calibration(folder: Path) -> dict[str, tuple[str, int, np.ndarray]]:
-    """Per layer: side, number of tokens, and the Gram summed over them."""
-    manifest = read_manifest(folder / "calibration.json", "calibration")
+def read_calibration(folder: Path) -> dict[tuple[str, str], tuple[int, np.ndarray, float | None]]:
+    """Per layer and side: number of tokens, the Gram summed over them, and the energy if it is of a gradient.
+
+    The sides are `input` or `output`, of which every layer has one, `input_gradient` and `output_gradient`.
+    """
+    manifest = read_manifest(folder / "calibration.json", "calibration", 2)
     tensors = read_shards(folder, manifest["shards"])
     return {
-        layer: (gram["side"], gram["tokens"], unpack(tensors[gram["tensor"]], gram["features"]))
+        (layer, gram["side"]): (gram["tokens"], unpack(tensors[gram["tensor"]], gram["features"]), gram.get("energy"))
         for gram in manifest["grams"]
         for layer in gram["layers"]
     }
@@ -77,7 +81,7 @@ def read_calibration(folder: Path) -> dict[str, tuple[str, int, np.ndarray]]:
 
 def read_emulator(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """`W_E (out, in)` in float64 of every factored layer, and every other tensor (the guard left out)."""
-    manifest = read_manifest(folder / "emulator.json", "emulator")
+    manifest = read_manifest(folder / "emulator.json", "emulator", 2)
     index = folder / "model.safetensors.index.json"
     shards = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
     others = read_shards(folder, shards)
@@ -102,7 +106,7 @@ def read_adapter(folder: Path) -> tuple[dict[str, tuple[np.ndarray, np.ndarray, 
             scaling = alpha / sqrt(rank) if config.get("use_rslora") else alpha / rank
             pairs[module] = (A, tensors[key.replace("lora_A", "lora_B")], scaling)
     if (folder / "emloc.json").exists():
-        read_manifest(folder / "emloc.json", "adapter")
+        read_manifest(folder / "emloc.json", "adapter", 1)
     return pairs, "emloc" in metadata
 
 
@@ -118,8 +122,9 @@ def main() -> None:
     """Print what a folder holds."""
     folder = Path(sys.argv[1])
     if (folder / "calibration.json").exists():
-        for layer, (side, tokens, G) in read_calibration(folder).items():
-            print(f"{layer}: {side} Gram {G.shape}, {tokens} tokens, energy per token {np.trace(G) / tokens:.6g}")
+        for (layer, side), (tokens, G, energy) in read_calibration(folder).items():
+            energy = np.trace(G) if energy is None else energy
+            print(f"{layer}: {side} Gram {G.shape}, {tokens} tokens, energy per token {energy / tokens:.6g}")
     elif (folder / "emulator.json").exists():
         for layer, W in read_emulator(folder)[0].items():
             print(f"{layer}: emulated weight {W.shape}, norm {np.linalg.norm(W):.6g}")

@@ -193,6 +193,7 @@ class EmulatorV2(EmulatorManifest):
     """`emulator.json` of an emulator whose error is weighted by the loss gradient."""
 
     format_version: Literal[2] = 2
+    calibration: CalibrationReference
     weighting: Weighting
 
 

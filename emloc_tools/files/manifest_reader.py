@@ -32,8 +32,8 @@ def read_manifest(path: Path, models: Sequence[type[Manifest]], *, rules: tuple[
     try:
         return model.model_validate(value), f"xxh3_128:{xxhash.xxh3_128(data).hexdigest()}"
     except ValidationError as error:
-        first = error.errors()[0]
-        raise FormatError(fields, path, ".".join(_place(value, first["loc"])), first["msg"]) from None
+        place, message = _first(error, value)
+        raise FormatError(fields, path, place, message) from None
 
 
 def _model_of(path: Path, value: dict[str, Any], models: Sequence[type[Manifest]], rule: str) -> type[Manifest]:
@@ -56,6 +56,17 @@ def _model_of(path: Path, value: dict[str, Any], models: Sequence[type[Manifest]
             message = f"is {found}, the version of folders with the field `{field}`, which is not there"
             raise FormatError(rule, path, "format_version", message)
     return model
+
+
+def _first(error: ValidationError, value: dict[str, Any]) -> tuple[str, str]:
+    """The place and the message of the first error, in terms of the manifest."""
+    first = error.errors()[0]
+    place, message = _place(value, first["loc"]), first["msg"]
+    if first["type"].startswith("union_tag"):  # the field that tells one kind of entry from another
+        place.append(first["ctx"]["discriminator"].strip("'"))
+        known = first["ctx"].get("expected_tags")
+        message = f"Input should be one of {known}" if known else "Field required"
+    return ".".join(place), message
 
 
 def _place(value: Any, location: tuple[int | str, ...]) -> list[str]:

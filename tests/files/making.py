@@ -12,13 +12,16 @@ from emloc_tools.files.emulator_writer import EmulatorWriter
 from emloc_tools.files.manifest import (
     BaseRecord,
     CalibrationManifest,
+    CalibrationReference,
     DataRecord,
     EmulatorManifest,
     FactoredLayer,
+    Weighting,
     made_by,
 )
 from emloc_tools.files.packing import pack_lower
 from emloc_tools.files.tensors import TensorSpec
+from emloc_tools.records import Loss
 
 HASH = "xxh3_128:" + "0123456789abcdef" * 2
 BASE = BaseRecord(id="example/base", revision=None, architecture="LlamaForCausalLM")
@@ -47,19 +50,29 @@ def calibration_fields(names: list[str]) -> dict[str, Any]:
     return {"made_by": made_by("test"), "base": BASE, "data": [DATA], "layers": layers, "unreached": []}
 
 
-def save_calibration(folder: Path, *, max_shard_size: int = 1 << 40) -> CalibrationManifest:
-    """Both `up` share an input Gram (as if they read one tensor), `down` has its outputs'."""
+def save_calibration(
+    folder: Path, *, max_shard_size: int = 1 << 40, gradients: bool = False, loss: Loss | None = None
+) -> CalibrationManifest:
+    """Both `up` share an input Gram (as if they read one tensor), `down` has its outputs'.
+
+    The gradients are those of one `up`, at its input, and of `down`, at its output; the other `up` has none.
+    """
     folder.mkdir()
     entries = [
         GramEntry(("block.0.up", "block.1.up"), "input", 4, 10),
         GramEntry(("block.0.down",), "output", 4, 9),
     ]
+    if gradients:
+        entries += [
+            GramEntry(("block.1.up",), "input", 4, 8, "gradient", 2.5),
+            GramEntry(("block.0.down",), "output", 4, 7, "gradient", 0.1),
+        ]
     return write_calibration(
         folder,
         entries,
         lambda entry: pack_lower(gram(entry.features, seed=entry.tokens)),
         max_shard_size=max_shard_size,
-        fields=calibration_fields(list(SHAPES)),
+        fields=calibration_fields(list(SHAPES)) | ({} if loss is None else {"loss": loss}),
     )
 
 
@@ -76,8 +89,9 @@ def save_emulator(
     dtype: torch.dtype = torch.float32,
     max_shard_size: int = 1 << 40,
     config: dict[str, Any] | None = None,
+    weighting: Weighting | None = None,
 ) -> EmulatorManifest:
-    """Every layer factored with rank 2; a dense embedding, and a bias on `block.0.up`."""
+    """Every layer factored with rank 2; a dense embedding, and a bias on `block.0.up`. Calibrated if weighted."""
     folder.mkdir()
     dense = {"embed.weight": torch.arange(20.0).view(5, 4), "block.0.up.bias": torch.arange(6.0)}
     writer = EmulatorWriter(
@@ -112,11 +126,12 @@ def save_emulator(
         fields={
             "made_by": made_by("test"),
             "base": BASE,
-            "calibration": None,
+            "calibration": weighting and CalibrationReference(hash=HASH, data=[DATA]),
             "allocation": "given",
             "eigen_dtype": "float64",
             "base_parameters": 100,
             "layers": records,
             "ignored_tensors": [],
         },
+        weighting=weighting,
     )

@@ -27,10 +27,14 @@ from tests.files.making import BASE, DATA, HASH, save_calibration
 RULES = ("C1", "C2", "C3")
 
 
-@pytest.fixture
-def manifest(tmp_path: Path) -> dict[str, Any]:
-    save_calibration(tmp_path / "c")
-    return json.loads((tmp_path / "c" / "calibration.json").read_text())
+@pytest.fixture(params=[1, 2])
+def manifest(tmp_path: Path, request: pytest.FixtureRequest) -> dict[str, Any]:
+    """One of each version: without gradients and with them."""
+    gradients = request.param == 2
+    save_calibration(tmp_path / "c", gradients=gradients, loss="next-token" if gradients else None)
+    value = json.loads((tmp_path / "c" / "calibration.json").read_text())
+    assert value["format_version"] == request.param
+    return value
 
 
 def read(folder: Path, value: Any) -> CalibrationManifest:
@@ -44,14 +48,31 @@ def test_a_manifest_survives_reading_and_writing(tmp_path: Path, manifest: dict[
     assert list(manifest_dict(read(tmp_path, manifest))) == list(manifest)
 
 
-@pytest.mark.parametrize("found", [0, 2, 10**30, -1, True, 1.0, "1", None, [1], {"1": 1}])
+@pytest.mark.parametrize("found", [0, 3, 10**30, -1, True, 1.0, 2.0, "1", None, [1], {"1": 1}])
 def test_any_other_version_is_named_as_such(tmp_path: Path, manifest: dict[str, Any], found: object) -> None:
     manifest |= {"format_version": found, "a_field_of_later": 1}
     with pytest.raises(FormatError) as caught:
         read(tmp_path, manifest)
     assert (caught.value.rule, caught.value.field) == ("C2", "format_version")
-    later = found in (2, 10**30) and found is not True
+    assert f"is {found!r}; this version of emloc-tools reads 1 and 2" in str(caught.value)
+    later = found in (3, 10**30)
     assert ("update emloc-tools to read it" in str(caught.value)) == later
+
+
+def test_version_2_is_told_by_its_field_and_version_1_has_none_of_its_fields(tmp_path: Path) -> None:
+    save_calibration(tmp_path / "c", gradients=True, loss="model")
+    two = json.loads((tmp_path / "c" / "calibration.json").read_text())
+    with pytest.raises(FormatError, match=r"format_version: is 2, .* field `loss`, which is not there .*C2"):
+        read(tmp_path, {key: value for key, value in two.items() if key != "loss"})
+    data = [record for record in two["grams"] if "energy" not in record]
+    for wrong, place in (
+        (two | {"grams": data}, r"loss: Extra inputs"),
+        ({key: value for key, value in two.items() if key != "loss"}, r"grams\.1\.side: Input should be"),
+    ):
+        with pytest.raises(FormatError, match=rf"{place}.*C3"):
+            read(tmp_path, wrong | {"format_version": 1})
+    one = {key: value for key, value in two.items() if key != "loss"} | {"grams": data, "format_version": 1}
+    assert manifest_dict(read(tmp_path, one)) == one  # control: both changes together make it version 1
 
 
 def test_a_missing_version_is_not_taken_for_the_first(tmp_path: Path, manifest: dict[str, Any]) -> None:
@@ -107,18 +128,18 @@ def test_no_field_accepts_a_value_of_another_kind(tmp_path: Path, manifest: dict
 
 
 def test_no_object_accepts_a_field_more_or_less(tmp_path: Path, manifest: dict[str, Any]) -> None:
-    closed = [(), ("made_by",), ("base",), ("data", 0), ("layers", "block.0.up"), ("grams", 0)]
-    for path in closed:
+    grams = [("grams", index) for index in range(len(manifest["grams"]))]
+    for path in [(), ("made_by",), ("base",), ("data", 0), ("layers", "block.0.up"), *grams]:
         place = manifest
         for key in path:
             place = place[key]
-        for key in [key for key in place if key not in ("format", "format_version")]:
+        for key in [key for key in place if key not in ("format", "format_version", "loss")]:
             changed = copy.deepcopy(manifest)
             inner = changed
             for step in path:
                 inner = inner[step]
             del inner[key]
-            with pytest.raises(FormatError, match=rf"{key}: Field required.*C3"):
+            with pytest.raises(FormatError, match=rf"{'.'.join(map(str, (*path, key)))}: Field required.*C3"):
                 read(tmp_path, changed)
         with pytest.raises(FormatError, match=r"more: Extra inputs are not permitted.*C3"):
             read(tmp_path, put(manifest, (*path, "more"), 1))

@@ -29,6 +29,10 @@ def read_all(kind: str, folder: Path) -> dict[str, torch.Tensor]:
     if kind == "calibration":
         calibration = Calibration(folder)
         values = {layer: calibration.gram(layer).matrix for layer in calibration.manifest.layers}
+        for layer in calibration.gradient_layers:
+            gradient = calibration.gradient(layer)
+            assert gradient is not None
+            values[f"{layer} gradient"] = gradient.matrix
         calibration.close()
     elif kind == "emulator":
         emulator = Emulator(folder)

@@ -75,7 +75,12 @@ def test_the_schema_is_that_of_the_model(kind: str) -> None:
 def test_the_schema_is_itself_valid_and_closed(kind: str) -> None:
     validator = schema(kind)
     validator.check_schema(validator.schema)
-    objects = [validator.schema, *validator.schema["$defs"].values()]
+    objects = list(validator.schema["$defs"].values())
+    if len(MODELS[kind]) == 1:
+        objects.append(validator.schema)
+    else:  # only a choice between versions
+        assert set(validator.schema) == {"$schema", "$defs", "oneOf"}
+        assert len(validator.schema["oneOf"]) == len(MODELS[kind])
     assert all(item["additionalProperties"] is False for item in objects)
     assert all(item["required"] == list(item["properties"]) for item in objects)
 
@@ -88,7 +93,26 @@ def test_schema_and_model_accept_the_manifests_of_good_folders(kind: str, name: 
         return
     manifest = json.loads(path.read_text(encoding="utf-8"))
     schema(kind).validate(manifest)
-    assert MODELS[kind].model_validate(manifest).model_dump(mode="json") == manifest
+    model = MODELS[kind][manifest["format_version"] - 1]
+    assert model.model_validate(manifest).model_dump(mode="json") == manifest
+
+
+@pytest.mark.parametrize(("kind", "name"), GOOD)
+def test_the_schema_refuses_a_good_manifest_under_every_other_version(kind: str, name: str) -> None:
+    path = golden(kind, name) / MANIFESTS[kind]
+    if not path.exists():
+        assert kind == "adapter"
+        return
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    for version in {0, 1, 2, 3} - {manifest["format_version"]}:
+        assert not schema(kind).is_valid(manifest | {"format_version": version})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_good_folders_show_every_version(kind: str) -> None:
+    paths = [golden(kind, name) / MANIFESTS[kind] for of, name in GOOD if of == kind]
+    found = {json.loads(path.read_text(encoding="utf-8"))["format_version"] for path in paths if path.exists()}
+    assert found == set(range(1, len(MODELS[kind]) + 1))
 
 
 @pytest.mark.parametrize(("kind", "name"), BAD)
@@ -102,10 +126,13 @@ def test_the_schema_refuses_just_the_bad_folders_of_its_rule(kind: str, name: st
 
 def test_every_version_that_is_written_has_an_entry_in_changes() -> None:
     sections = re.split(r"^## ", (FORMATS / "CHANGES.md").read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
-    newest = {
-        section.split("\n", 1)[0]: int(re.findall(r"^### (\d+)", section, re.MULTILINE)[0]) for section in sections
+    entries = {
+        section.split("\n", 1)[0]: [int(number) for number in re.findall(r"^### (\d+)", section, re.MULTILINE)]
+        for section in sections
     }
-    assert newest == {kind: MODELS[kind].model_fields["format_version"].default for kind in KINDS}
+    versions = {kind: [model.model_fields["format_version"].default for model in MODELS[kind]] for kind in KINDS}
+    assert entries == {kind: versions[kind][::-1] for kind in KINDS}
+    assert all(found == list(range(1, len(found) + 1)) for found in versions.values())
 
 
 def test_the_golden_folders_are_what_the_script_writes(tmp_path: Path) -> None:

@@ -28,11 +28,21 @@ def test_grams_agree(name: str) -> None:
         Calibration(golden("calibration", name)),
         reference_reader.read_calibration(golden("calibration", name)),
     )
-    assert set(found) == set(calibration.manifest.layers)
-    for layer, (side, tokens, G) in found.items():
-        gram = calibration.gram(layer)
-        assert (gram.side, gram.tokens) == (side, tokens)
-        assert np.array_equal(gram.matrix.numpy(), G)
+    gradients = {layer for layer, side in found if side.endswith("_gradient")}
+    assert {layer for layer, side in found if not side.endswith("_gradient")} == set(calibration.manifest.layers)
+    assert gradients == calibration.gradient_layers
+    assert len(found) == len(calibration.manifest.layers) + len(gradients)
+    for (layer, side), (tokens, G, energy) in found.items():
+        if side.endswith("_gradient"):
+            gradient = calibration.gradient(layer)
+            assert gradient is not None
+            assert (f"{gradient.side}_gradient", gradient.tokens, gradient.energy) == (side, tokens, energy)
+            matrix = gradient.matrix
+        else:
+            gram = calibration.gram(layer)
+            assert (gram.side, gram.tokens, None) == (side, tokens, energy)
+            matrix = gram.matrix
+        assert np.array_equal(matrix.numpy(), G)
         assert np.array_equal(G, G.T)
     calibration.close()
 
@@ -72,6 +82,22 @@ def test_the_good_adapters_differ_in_what_their_scaling_depends_on() -> None:
     special, _ = reference_reader.read_adapter(golden("adapter", "ok-trained-rslora-patterns"))
     assert {scaling for _, _, scaling in plain.values()} == {3 / 2}
     assert {scaling for _, _, scaling in special.values()} == {16 / 4**0.5, 1.5 / 2**0.5}
+
+
+def test_the_good_calibrations_hold_gradients_of_both_sides_and_layers_without() -> None:
+    """Control: without them the comparison above would not show that gradients are kept apart from data."""
+    found = reference_reader.read_calibration(golden("calibration", "ok-gradients"))
+    layers = {layer for layer, _ in found}
+    assert {side for _, side in found} == {"input", "output", "input_gradient", "output_gradient"}
+    assert len(layers) < len(found) < 2 * len(layers)
+
+
+@pytest.mark.parametrize("kind", ["calibration", "emulator"])
+def test_a_later_version_is_refused_by_name(kind: str) -> None:
+    folder = golden(kind, f"bad-{kind[0].upper()}2-version-3")
+    read = {"calibration": reference_reader.read_calibration, "emulator": reference_reader.read_emulator}[kind]
+    with pytest.raises(SystemExit, match=rf"is emloc-{kind} 3; this program reads emloc-{kind} up to 2"):
+        read(folder)
 
 
 @pytest.mark.parametrize(("kind", "name"), GOOD)

@@ -59,6 +59,7 @@ def _calibration(path: Path) -> Inspection:
         "data": [record.model_dump() for record in manifest.data],
         "layers": len(manifest.layers),
         "grams": len(manifest.grams),
+        **_gradients(calibration),
         "gram_bytes": sum(record.features * (record.features + 1) * 2 for record in manifest.grams),
         "unreached_layers": len(manifest.unreached),
         "made_by": manifest.made_by.command,
@@ -74,6 +75,12 @@ def _calibration(path: Path) -> Inspection:
         for name, layer in manifest.layers.items()
     ]
     return Inspection("calibration", path, facts, rows)
+
+
+def _gradients(calibration: Calibration) -> dict[str, Any]:
+    if calibration.loss is None:
+        return {}
+    return {"layers_with_gradients": len(calibration.gradient_layers), "loss": calibration.loss}
 
 
 def _emulator(path: Path) -> Inspection:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from emloc_tools.errors import FormatError, InputError
 from emloc_tools.stages.build_emulator import build_emulator
@@ -12,6 +13,7 @@ from emloc_tools.stages.inspect import inspect
 from tests import pico
 from tests.conftest import Run
 from tests.stages.adapters import pairs
+from tests.stages.gradients import with_gradients
 from tests.stages.reference import bytes_hash, read_grams, read_json, read_tensors
 
 
@@ -34,6 +36,16 @@ def test_a_calibration(run: Run) -> None:
     }
     for row in found.layers:
         assert [row["out"], row["in"]] == list(weights[f"{row['layer']}.weight"].shape)
+
+
+def test_a_calibration_with_gradients(run: Run, tmp_path: Path) -> None:
+    gradients = {f"model.layers.{n}.mlp.up_proj": torch.randn(9, 48) for n in (0, 2)}
+    with_gradients(run.calibration, tmp_path / "calibration", gradients)
+    plain, found = inspect(run.calibration), inspect(tmp_path / "calibration")
+    assert (found.facts["layers_with_gradients"], found.facts["loss"]) == (2, "next-token")
+    assert found.facts["grams"] == plain.facts["grams"] + 2
+    assert found.facts["gram_bytes"] == plain.facts["gram_bytes"] + 2 * 4 * 48 * 49 // 2
+    assert found.layers == plain.layers
 
 
 def test_an_emulator(run: Run) -> None:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from emloc_tools.errors import UnsupportedError
 from emloc_tools.stages.calibrate import calibrate
 from emloc_tools.stages.merge_calibration import merge_calibration
 from tests import pico
 from tests.stages.conftest import Case
-from tests.stages.reference import close_to, read_json, read_tensors, tensor_hash, write_json
+from tests.stages.gradients import with_gradients
+from tests.stages.reference import close_to, read_json, read_tensors
 
 LAYER, OTHER = "model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"
 
@@ -27,34 +26,6 @@ def plain(llama: Case, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         data = pico.save_texts(root / f"{seed}.jsonl", count=2, seed=seed)
         calibrate(base=str(llama.base), data=data, output=root / str(seed), targets="mlp", device="cpu")
     return [root / str(seed) for seed in range(3)]
-
-
-def with_gradients(
-    plain: Path, folder: Path, gradients: dict[str, torch.Tensor], *, loss: str = "next-token", side: str = "output"
-) -> Path:
-    """A copy of a calibration with gradients `(tokens, features)` of some layers, written by hand."""
-    shutil.copytree(plain, folder)
-    manifest = read_json(folder / "calibration.json")
-    tensors = {}
-    for layer, g in gradients.items():
-        G, n = g.T @ g, g.shape[1]
-        name = f"{layer}.{side}_gradient_gram"
-        tensors[name] = G[tuple(torch.tril_indices(n, n))]
-        manifest["grams"].append(
-            {
-                "tensor": name,
-                "side": f"{side}_gradient",
-                "features": n,
-                "tokens": g.shape[0],
-                "layers": [layer],
-                "hash": tensor_hash(tensors[name]),
-                "energy": float((g**2).sum()),
-            }
-        )
-    save_file(tensors, folder / "gradients.safetensors")
-    manifest["shards"].append("gradients.safetensors")
-    write_json(folder / "calibration.json", {**manifest, "format_version": 2, "loss": loss})
-    return folder
 
 
 def test_gradients_add_up_per_layer(plain: list[Path], tmp_path: Path) -> None:

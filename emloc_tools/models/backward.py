@@ -67,9 +67,9 @@ class BackwardLockStep(LockStep):
     """Runs batches forward and backward through `model` (parameters on meta, evaluation mode).
 
     `on_gradient(task_index, gradient)` is called for every call of each of `layers` that a loss depends on, while the
-    layer's weights are loaded; no parameter needs a gradient. `on_backward_unit_done(unit)` is called when no more
-    gradients of the unit's layers will come, after its weights are freed. The callbacks of `LockStep` belong to the
-    forward.
+    layer's weights are loaded; its tensors may be changed afterwards. No parameter needs a gradient.
+    `on_backward_unit_done(unit)` is called for every unit that was used when no more gradients of its layers will come,
+    after its weights are freed. The callbacks of `LockStep` belong to the forward.
 
     Activations go to one unlinked file in the folder `spill`: about tokens · hidden size · bytes · (units + 2), and
     what autograd saves between units. `spilled` counts the bytes written in the last run.
@@ -186,10 +186,12 @@ class BackwardLockStep(LockStep):
     def _call(
         self, unit: Unit, run: Callable[..., Any], has_layers: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
+        if self._spill is None:
+            return run(*args, **kwargs)
         leaves = tree_leaves((args, kwargs))
         needs = any(leaf.requires_grad for leaf in leaves if isinstance(leaf, torch.Tensor)) or carries_gradient(leaves)
-        if self._spill is None or not torch.is_grad_enabled() or not (has_layers or needs):
-            with torch.no_grad():  # above the first layer that matters, or where the model itself wants no gradient
+        if not torch.is_grad_enabled() or not (has_layers or needs):
+            with torch.no_grad():  # before the first layer that matters, or where the model itself wants no gradient
                 return run(*args, **kwargs)
         return self._tapes[self.current].record(self._visit(unit, self._spill), run, args, kwargs, self._spill)
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from emloc_tools.files.tensor_file import TensorFile, as_bytes, content_hash
+from formats.damage import Damage, both, in_bytes, in_header, in_json, in_tensor, remove
 
 UP = "model.layers.0.mlp.up_proj"
 Q = "model.layers.0.self_attn.q_proj"
@@ -28,67 +26,11 @@ class Bad:
     source: str
     file: str
     field: str
-    damage: Callable[[Path], None]
+    damage: Damage
 
     @property
     def folder(self) -> str:
         return f"bad-{self.rule}-{self.what}"
-
-
-def in_json(file: str, change: Callable[[Any], object]) -> Callable[[Path], None]:
-    """Change the object in a JSON file."""
-
-    def damage(folder: Path) -> None:
-        value = json.loads((folder / file).read_text(encoding="utf-8"))
-        change(value)
-        (folder / file).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-    return damage
-
-
-def in_bytes(file: str, change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
-    """Change the bytes of a file."""
-    return lambda folder: (folder / file).write_bytes(change((folder / file).read_bytes())) and None
-
-
-def in_header(file: str, change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
-    """Change the header of a safetensors file and leave the tensors' bytes."""
-
-    def changed(data: bytes) -> bytes:
-        end = 8 + int.from_bytes(data[:8], "little")
-        header = json.loads(data[8:end])
-        change(header)
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        return len(text).to_bytes(8, "little") + text + data[end:]
-
-    return in_bytes(file, changed)
-
-
-def in_tensor(file: str, name: str, change: Callable[[torch.Tensor], object], *, manifest: str = "") -> Any:
-    """Change a tensor's values in place; with `manifest` its hash there is that of the new values."""
-
-    def damage(folder: Path) -> None:
-        opened = TensorFile(folder / file)
-        tensor, before = opened.read(name), content_hash(opened.read(name))
-        opened.close()
-        old = bytes(as_bytes(tensor))
-        change(tensor)
-        in_bytes(file, lambda data: data.replace(old, bytes(as_bytes(tensor)), 1))(folder)
-        if manifest:
-            text = (folder / manifest).read_text(encoding="utf-8")
-            (folder / manifest).write_text(text.replace(before, content_hash(tensor)), encoding="utf-8")
-
-    return damage
-
-
-def both(*damages: Callable[[Path], None]) -> Callable[[Path], None]:
-    """Several damages, in order."""
-    return lambda folder: [damage(folder) for damage in damages] and None
-
-
-def remove(file: str) -> Callable[[Path], None]:
-    return lambda folder: (folder / file).unlink()
 
 
 def _calibration() -> list[Bad]:
@@ -275,7 +217,7 @@ def _forget_head(manifest: dict[str, Any]) -> None:
     manifest["unchanged"].remove("base_model.model.score.weight")
 
 
-def _without_guard(manifest: str, weights: str) -> Callable[[Path], None]:
+def _without_guard(manifest: str, weights: str) -> Damage:
     """The guard under another name: all else stays right."""
     guard, other = f"{UP}.weight", "guard"
     renamed = in_json(manifest, lambda m: m["tensors"].update({other: m["tensors"].pop(guard)}))

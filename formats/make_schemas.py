@@ -21,7 +21,8 @@ MODELS: dict[str, tuple[type[Strict], ...]] = {
 def schema_text(name: str) -> str:
     """The JSON Schema of a format's manifest, as the file holds it: of one version, or of exactly one of several."""
     # Of what is written, not of what is accepted: there `format` and `format_version` are required.
-    schema = TypeAdapter(Union[MODELS[name]]).json_schema(mode="serialization")  # noqa: UP007 - as many as there are
+    versions: Any = Union[MODELS[name]]  # noqa: UP007 - of as many models as there are
+    schema = TypeAdapter(versions).json_schema(mode="serialization")
     if "anyOf" in schema:  # versions exclude each other, for `format_version` is a constant in each
         schema["oneOf"] = schema.pop("anyOf")
     schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **_plain(schema)}

@@ -46,7 +46,8 @@ def read_shards(folder: Path, names: list[str]) -> dict[str, np.ndarray]:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON file."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return value
 
 
 def read_manifest(path: Path, kind: str, newest: int) -> dict[str, Any]:
@@ -60,9 +61,10 @@ def read_manifest(path: Path, kind: str, newest: int) -> dict[str, Any]:
 
 def unpack(packed: np.ndarray, n: int) -> np.ndarray:
     """The symmetric (n, n) matrix of a packed lower triangle."""
-    G = np.zeros((n, n), packed.dtype)
+    G: np.ndarray = np.zeros((n, n), packed.dtype)
     G[np.tril_indices(n)] = packed  # row by row: (0,0), (1,0), (1,1), (2,0), ...
-    return G + np.tril(G, -1).T
+    G += np.tril(G, -1).T
+    return G
 
 
 def read_calibration(folder: Path) -> dict[tuple[str, str], tuple[int, np.ndarray, float | None]]:

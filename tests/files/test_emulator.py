@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from emloc_tools.errors import FormatError
 from emloc_tools.files import tensor_file
 from emloc_tools.files.emulator import Emulator
+from emloc_tools.files.manifest import Weighting
 from emloc_tools.files.opening import open_regular
 from tests.files.making import SHAPES, factors, save_emulator
 
@@ -48,6 +49,49 @@ def test_factors_and_dense_tensors_are_read_as_they_were_written(
     assert torch.equal(emulator.read("embed.weight"), torch.arange(20.0).view(5, 4))
     assert emulator.hash == f"xxh3_128:{xxhash.xxh3_128((tmp_path / 'e' / 'emulator.json').read_bytes()).hexdigest()}"
     emulator.close()
+
+
+def test_a_weighted_emulator_is_read_with_its_weighting_and_an_unweighted_one_has_none(tmp_path: Path) -> None:
+    manifest = save_emulator(tmp_path / "weighted", weighting=Weighting(damping=0.1))
+    save_emulator(tmp_path / "plain")
+    weighted, plain = Emulator(tmp_path / "weighted"), Emulator(tmp_path / "plain")
+    assert weighted.manifest == manifest
+    assert (weighted.weighting, plain.weighting) == (Weighting(damping=0.1), None)
+    for ours, theirs in zip(weighted.factors("block.0.up"), plain.factors("block.0.up"), strict=True):
+        assert torch.equal(ours, theirs)  # they are used alike
+    weighted.close()
+    plain.close()
+
+
+@pytest.mark.parametrize(
+    ("update", "rule", "field"),
+    [
+        (lambda m: m.update(format_version=3), "E2", "format_version"),
+        (lambda m: m.pop("weighting"), "E2", "format_version"),
+        (lambda m: m.update(format_version=1), "E3", "weighting"),
+        (lambda m: m.update(weighting=None), "E3", "weighting"),
+        (lambda m: m["weighting"].update(damping=-0.1), "E3", "weighting.damping"),
+        (lambda m: m["weighting"].update(damping="0.1"), "E3", "weighting.damping"),
+        (lambda m: m["weighting"].update(rank=64), "E3", "weighting.rank"),
+        (lambda m: m["weighting"].pop("damping"), "E3", "weighting.damping"),
+        (lambda m: m.update(calibration=None), "E3", "calibration"),
+    ],
+)
+def test_a_weighting_that_does_not_fit_its_version_is_refused(
+    tmp_path: Path, update: Callable[[Any], object], rule: str, field: str
+) -> None:
+    save_emulator(tmp_path / "e", weighting=Weighting(damping=0.1))
+    change(tmp_path / "e" / "emulator.json", update)
+    error = refused(tmp_path / "e")
+    assert (error.rule, error.field) == (rule, field)
+
+
+def test_a_configuration_of_another_version_than_the_manifest_is_refused(tmp_path: Path) -> None:
+    for name, weighting, other in (("one", None, 2), ("two", Weighting(damping=0.1), 1)):
+        save_emulator(tmp_path / name, weighting=weighting)
+        change(tmp_path / name / "config.json", lambda c, other=other: c["emloc"].update(format_version=other))
+        error = refused(tmp_path / name)
+        assert (error.rule, error.field) == ("E7", "emloc")
 
 
 def test_reading_never_runs_the_modeling_file(tmp_path: Path) -> None:

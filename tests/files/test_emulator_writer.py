@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from emloc_tools.errors import UnsupportedError
 from emloc_tools.files.emulator import Emulator
 from emloc_tools.files.emulator_writer import EmulatorWriter
+from emloc_tools.files.manifest import Weighting
 from emloc_tools.files.tensors import TensorSpec
 from tests.files.making import SHAPES, save_emulator
 
@@ -34,6 +35,26 @@ def test_the_base_s_configuration_keeps_its_keys_values_and_order(tmp_path: Path
     assert written["architectures"] == ["EmlocLlamaForCausalLM"]
     assert written["emloc"] == {"format_version": 1, "ranks": dict.fromkeys(SHAPES, 2)}
     assert base["architectures"] == ["LlamaForCausalLM"]  # the caller's object is not changed
+
+
+def test_a_weighting_makes_version_2_and_changes_nothing_else_in_the_folder(tmp_path: Path) -> None:
+    save_emulator(tmp_path / "plain")
+    save_emulator(tmp_path / "weighted", weighting=Weighting(damping=0.05))
+    plain, weighted = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("plain", "weighted")
+    )
+    assert {name for name in plain if plain[name] != weighted[name]} == {"config.json", "emulator.json"}
+    assert plain.keys() == weighted.keys()
+    configs, manifests = (
+        [json.loads(files[name]) for files in (plain, weighted)] for name in ("config.json", "emulator.json")
+    )
+    assert [config["emloc"].pop("format_version") for config in configs] == [1, 2]
+    assert configs[0] == configs[1]
+    assert [manifest.pop("format_version") for manifest in manifests] == [1, 2]
+    assert manifests[1].pop("weighting") == {"damping": 0.05}
+    assert manifests[1].pop("calibration") is not None  # there is no gradient without one
+    assert manifests[0].pop("calibration") is None
+    assert manifests[0] == manifests[1]
 
 
 def test_a_quantised_base_is_refused_and_an_empty_quantisation_left_out(tmp_path: Path) -> None:

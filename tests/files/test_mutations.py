@@ -14,8 +14,18 @@ from emloc_tools.errors import FormatError
 from tests.formats.golden import golden, read_all
 
 # Folders whose tensors all have hashes: a change of a value cannot pass.
-HASHED = [("calibration", "ok-shared-input"), ("emulator", "ok-linear-shards"), ("adapter", "ok-corrected")]
-FOLDERS = [*HASHED, ("emulator", "ok-conv1d-bfloat16"), ("adapter", "ok-trained-rslora-patterns")]
+HASHED = [
+    ("calibration", "ok-shared-input"),
+    ("calibration", "ok-gradients"),
+    ("emulator", "ok-linear-shards"),
+    ("adapter", "ok-corrected"),
+]
+FOLDERS = [
+    *HASHED,
+    ("emulator", "ok-conv1d-bfloat16"),
+    ("emulator", "ok-weighted"),
+    ("adapter", "ok-trained-rslora-patterns"),
+]
 TELLING = b'0123456789-+.eE[]{}",:\\/ntru\x00\xff'
 quick = settings(
     max_examples=120, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None

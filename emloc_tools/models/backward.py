@@ -31,7 +31,8 @@ Why the tricks:
 
 Refused, because the result would be wrong: units that change the state of an argument (caches), units whose second run
 gives other results (random numbers, counters), changing a tensor in place that shares memory with another one. Not
-seen: what a unit passes on by other ways than its result, such as attributes of modules; no gradient runs there.
+seen: what a unit passes on by other ways than its result, such as attributes of modules, or the attentions and router
+logits that transformers collects by hooks inside of blocks. No gradient runs there; hidden states are fine.
 """
 
 from __future__ import annotations

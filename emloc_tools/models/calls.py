@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,34 +64,38 @@ class Call:
 
         The unit's weights are loaded. Raises `UnsupportedError` if the results are not those of the forward.
         """
-        leaves = {id(each): spill.load(each.stored).requires_grad_(each.sink is not None) for each in self.arguments()}
+        arguments = self.arguments()
+        leaves = {id(each): spill.load(each.stored).requires_grad_(each.sink is not None) for each in arguments}
         with torch.enable_grad():
             # A leaf of the graph must not be changed in place.
-            passed = {
-                id(each): leaves[id(each)].clone() if each.after else leaves[id(each)] for each in self.arguments()
-            }
+            passed = {key: leaves[key].clone() if each.after else leaves[key] for key, each in _by_id(arguments)}
             args, kwargs = tree_unflatten([passed.get(id(leaf), leaf) for leaf in self.leaves], self.spec)
             returned, _ = tree_flatten(self.run(*args, **kwargs))
-            if len(returned) != len(self.results):
-                raise self._differs()
-            pairs = [*zip(returned, self.results, strict=True), *((passed[id(a)], a.after) for a in self.arguments())]
-            tensors, gradients = [], []
-            for tensor, result in pairs:
-                if result is None:
-                    continue
-                comparable = isinstance(tensor, torch.Tensor) and differentiable(tensor)
-                if not comparable or not agree(result.sketch, sketch(tensor), tensor.dtype):
-                    raise self._differs()
-                gradient = result.slot.take()
-                if gradient is not None and tensor.requires_grad:
-                    tensors.append(tensor)
-                    gradients.append(gradient)
-            if tensors:
-                torch.autograd.backward(tensors, gradients)
-        for each in self.arguments():
-            gradient = leaves[id(each)].grad
+            changed = [passed[key] for key, each in _by_id(arguments) if each.after]
+            starts = self._starts([*returned, *changed])
+            if starts:
+                torch.autograd.backward([tensor for tensor, _ in starts], [gradient for _, gradient in starts])
+        for key, each in _by_id(arguments):
+            gradient = leaves[key].grad
             if each.sink is not None and gradient is not None:
                 each.sink.add(gradient)
+
+    def _starts(self, computed: Sequence[Any]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """What the replay computed, if it is what the forward did, and the gradients that have arrived for it."""
+        results = [*self.results, *self._changed()]
+        if len(computed) != len(results):
+            raise self._differs()
+        starts: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for tensor, result in zip(computed, results, strict=True):
+            if result is None:
+                continue
+            comparable = isinstance(tensor, torch.Tensor) and differentiable(tensor)
+            if not comparable or not agree(result.sketch, sketch(tensor), tensor.dtype):
+                raise self._differs()
+            gradient = result.slot.take()
+            if gradient is not None and tensor.requires_grad:
+                starts.append((tensor, gradient))
+        return starts
 
     def _changed(self) -> list[Result]:
         return [each.after for each in self.arguments() if each.after is not None]
@@ -112,3 +116,7 @@ class Visit:
     def __init__(self, unit: Unit, load: int, mark: int) -> None:
         self.unit, self.load, self.mark = unit, load, mark
         self.calls: list[Call] = []
+
+
+def _by_id(arguments: Sequence[Argument]) -> list[tuple[int, Argument]]:
+    return [(id(argument), argument) for argument in arguments]

@@ -50,7 +50,8 @@ class Spill:
             raise InputError(f"cannot write into {folder}: {error.strerror or error}") from error
         self.size = 0
         self.written = 0
-        self._known: dict[tuple[object, ...], tuple[StorageWeakRef, Stored]] = {}
+        # By the address of a storage. The weak reference keeps the address from being given to another one.
+        self._known: dict[int, tuple[StorageWeakRef, dict[tuple[object, ...], Stored]]] = {}
 
     def __enter__(self) -> Spill:
         return self
@@ -69,19 +70,22 @@ class Spill:
         """Append a tensor, or find it. Raises `InputError` when the disk is full."""
         tensor = tensor.detach()
         storage = tensor.untyped_storage()
-        version = None if tensor.is_inference() else tensor._version
-        key = (storage._cdata, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype, version)
-        known = self._known.get(key)
-        # Tensors of inference mode do not tell whether they were changed. The weak reference keeps the address of the
-        # storage from being given to another one.
-        if known is not None and version is not None and not known[0].expired():  # type: ignore[no-untyped-call]
-            return known[1]
-        stored = self._append(tensor)
-        self._known[key] = (StorageWeakRef(storage), stored)  # type: ignore[no-untyped-call]
+        if tensor.is_inference():  # such tensors do not tell whether they were changed
+            return self._append(tensor)
+        known = self._known.get(storage._cdata)
+        if known is None or known[0].expired():  # type: ignore[no-untyped-call]
+            known = self._known[storage._cdata] = (StorageWeakRef(storage), {})  # type: ignore[no-untyped-call]
+        key = (tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype, tensor._version)
+        if key not in known[1]:
+            known[1][key] = self._append(tensor)
         if len(self._known) > REMEMBERED:
             alive = [(key, entry) for key, entry in self._known.items() if not entry[0].expired()]  # type: ignore[no-untyped-call]
             self._known = dict(alive)
-        return stored
+        return known[1][key]
+
+    def forget(self, tensor: torch.Tensor) -> None:
+        """Take the memory of a tensor for new: another tensor may look at it whose version says nothing of its past."""
+        self._known.pop(tensor.untyped_storage()._cdata, None)
 
     def load(self, stored: Stored) -> torch.Tensor:
         """A new tensor with the values, the device and the order in memory of the one saved."""

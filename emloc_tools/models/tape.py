@@ -59,6 +59,8 @@ class Tape:
             )
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         result, new = self._enter(call, result, tensors)
+        for tensor in new:
+            spill.forget(tensor)
         entries = [leaf for leaf in call.leaves if isinstance(leaf, Argument)]
         for tensor, before, entry in zip(tensors, versions, entries, strict=True):
             if version(tensor) != before and entry.after is None and differentiable(tensor):

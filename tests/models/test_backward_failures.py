@@ -302,6 +302,25 @@ def test_two_results_that_share_memory_are_followed_as_long_as_they_are_not_chan
     require_right_gradients(Model, tmp_path)
 
 
+class ReturnsView(Plain):
+    """Changes its input and returns it as another tensor, whose version starts anew."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x += torch.tanh(super().forward(x.clone()))
+        return x.view(x.shape)
+
+
+def test_a_changed_input_that_is_returned_as_a_view_is_not_taken_for_what_it_was(tmp_path: Path) -> None:
+    class Model(Chain):
+        middle = ReturnsView
+
+        def between(self, middle: nn.Module, x: torch.Tensor) -> torch.Tensor:
+            r = middle(x * 1.5)
+            return r.sigmoid() * r
+
+    require_right_gradients(Model, tmp_path)
+
+
 def test_changing_what_a_gradient_between_units_needs_is_refused(tmp_path: Path) -> None:
     class Model(Chain):
         def between(self, middle: nn.Module, x: torch.Tensor) -> torch.Tensor:

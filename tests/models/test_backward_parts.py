@@ -65,6 +65,18 @@ def test_expanded_dimensions_and_known_tensors_take_no_space(tmp_path: Path) -> 
         assert torch.equal(spill.load(second), spill.load(first) + 1)
 
 
+def test_memory_that_is_to_be_forgotten_is_written_again(tmp_path: Path) -> None:
+    x = torch.zeros(100)
+    with Spill(tmp_path) as spill:
+        before = spill.save(x)
+        alias = x.data  # the same memory with a version of its own
+        alias.add_(1)
+        assert x._version == 0
+        assert spill.save(x) is before, "the control: the version says that nothing changed"
+        spill.forget(alias)
+        assert torch.equal(spill.load(spill.save(x)), torch.ones(100))
+
+
 def test_memory_that_was_given_to_another_tensor_is_not_taken_for_the_first(tmp_path: Path) -> None:
     with Spill(tmp_path) as spill:
         stored = []

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import record
-from emloc_tools.cli.demo_report import closed, described, in_order, sentences
+from emloc_tools.cli.demo_report import in_order, score_row, sentences
 from emloc_tools.stages.demo import DemoResult, demo
 
 
@@ -29,23 +29,9 @@ def main() -> None:
 
 def text(figures: dict[str, Any], result: DemoResult) -> str:
     """The demo's table and sentences in Markdown."""
-    lines = [
-        "# The demo",
-        "",
-        "| model | LoRA | loss | perplexity | accuracy | gain closed |",
-        "|---|---|--:|--:|--:|--:|",
-    ]
-    for score in in_order(result):
-        part = closed(result, score)
-        cells = [
-            score.model if score.model == "base" else f"emulator {score.ratio:g}",
-            described(score),
-            f"{score.loss:.3f}",
-            f"{score.perplexity:.1f}",
-            f"{score.accuracy:.1%}",
-            "" if part is None else f"{part:.0%}",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
+    rows = [score_row(result, score) for score in in_order(result)]
+    lines = ["# The demo", "", f"| {' | '.join(rows[0])} |", "|---|---|--:|--:|--:|--:|"]
+    lines += [f"| {' | '.join(row.values())} |" for row in rows]
     lines += ["", "Loss in nats per token on held-out text.", *(sentence.strip() for sentence in sentences(result)), ""]
     seconds = f"The whole demo took {result.seconds:.0f} s."
     return "\n".join([*lines, f"{record.sentence(figures)} {seconds}"]) + "\n"

@@ -28,7 +28,8 @@ Written by `make docs` from the commands themselves. `emloc-tools COMMAND --help
 - An output is always a folder. It appears under its name only when it is complete. An existing one is refused unless
   `--overwrite` is given, which replaces what emloc-tools wrote and nothing else.
 - Results go to stdout, progress and errors to stderr. `--json` prints one JSON object, `--quiet` nothing.
-- Exit status: 0 done, 1 an error with one line that says what to do, 2 wrong usage, 130 interrupted.
+- Exit status: 0 done, 1 an error with one line that says what to do, 2 wrong usage, 130 interrupted, 143
+  terminated.
 - Sizes take units of base 10 (`GB`) and base 2 (`GiB`); counts of parameters take `K`, `M`, `B` and `T`.
 """
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 LONGEST_PART = 300  # characters of a field or a message, which may come from a file nobody vouches for
 
 
@@ -23,7 +25,9 @@ class FormatError(EmlocError):
     def __init__(self, rule: str, file: object, field: str, message: str) -> None:
         self.rule, self.file, self.field = rule, str(file), field
         where = f"{_one_line(self.file)}: {_one_line(_short(field))}" if field else _one_line(self.file)
-        super().__init__(f"{where}: {_one_line(_short(message))} (format rule {rule})")
+        # Files that belong to no format of ours, such as a base's weights, have no numbered rule.
+        numbered = f" (format rule {rule})" if re.fullmatch(r"[A-Z]\d+", rule) else ""
+        super().__init__(f"{where}: {_one_line(_short(message))}{numbered}")
 
 
 class MismatchError(EmlocError):

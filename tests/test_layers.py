@@ -87,7 +87,9 @@ def test_a_forbidden_import_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(f"{__name__}.PACKAGE", tmp_path / "emloc_tools")
     culprit = tmp_path / "emloc_tools" / "linalg" / "culprit.py"
     culprit.parent.mkdir(parents=True)
-    culprit.write_text("def f():\n    from emloc_tools.files.tensors import read_json\n    import transformers.models\n")
+    culprit.write_text(
+        "def f():\n    from emloc_tools.files.tensors import read_json\n    import transformers.models\n"
+    )
     assert violations(culprit) == [
         "emloc_tools/linalg/culprit.py imports emloc_tools.files.tensors",
         "emloc_tools/linalg/culprit.py imports transformers.models",

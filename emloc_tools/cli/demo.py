@@ -67,7 +67,7 @@ def demo(
     from emloc_tools.cli.demo_report import draw
     from emloc_tools.stages.demo import demo as run
 
-    with console.progress(hidden=quiet or as_json) as progress:
+    with console.progress(hidden=quiet) as progress:
         result = run(
             base=base,
             data=data,

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from rich.table import Table
-
 from emloc_tools.cli import console
 
 if TYPE_CHECKING:
@@ -14,54 +12,59 @@ if TYPE_CHECKING:
 
     from emloc_tools.stages.demo import DemoResult, Score
 
+NUMBERS = (
+    "loss",
+    "perplexity",
+    "accuracy",
+    "gain closed",
+    "parameters",
+    "their size",
+    "peak memory",
+    "before loading",
+    "time",
+)
 CLOSE = 0.005  # nats per token; smaller differences are not worth a word
 
 
 def draw(out: Console, result: DemoResult) -> None:
     """Everything that the demo found, then where its files are."""
-    out.print(f"[bold]Held-out text, {len(result.trainings)} LoRAs[/bold] (loss in nats per token; less is better)")
-    out.print(scores_table(result))
-    out.print("\n[bold]Training[/bold]")
-    out.print(trainings_table(result))
+    console.heading(out, "Held-out text (loss in nats per token: less is better)")
+    console.layer_table(out, [score_row(result, score) for score in in_order(result)], to_right=NUMBERS)
+    out.print()
+    console.heading(out, "Trainings")
+    console.layer_table(out, training_rows(result), to_right=NUMBERS)
     out.print()
     for sentence in sentences(result):
-        out.print(sentence, soft_wrap=True)
-    out.print(f"\nFiles, results.json and every command: {result.output}", soft_wrap=True)
+        console.line(out, sentence)
+    console.line(out, f"\nFiles, results.json and every command: {result.output}")
 
 
-def scores_table(result: DemoResult) -> Table:
-    """One row per combination of model and adapter, from the untouched base to the corrected LoRAs."""
-    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
-    for title in ("model", "LoRA", "loss", "perplexity", "accuracy", "gain closed"):
-        table.add_column(title, justify="left" if title in ("model", "LoRA") else "right", no_wrap=True)
-    for score in in_order(result):
-        part = closed(result, score)
-        table.add_row(
-            score.model if score.model == "base" else f"emulator {score.ratio:g}",
-            described(score),
-            f"{score.loss:.3f}",
-            f"{score.perplexity:.2f}",
-            f"{score.accuracy:.1%}",
-            "" if part is None else f"{part:.0%}",
-        )
-    return table
+def score_row(result: DemoResult, score: Score) -> dict[str, str]:
+    """A line of the table: model, LoRA, and what they score."""
+    part = closed(result, score)
+    return {
+        "model": score.model if score.model == "base" else f"emulator {score.ratio:g}",
+        "LoRA": described(score),
+        "loss": f"{score.loss:.3f}",
+        "perplexity": f"{score.perplexity:.1f}",
+        "accuracy": f"{score.accuracy:.1%}",
+        "gain closed": "" if part is None else f"{part:.0%}",
+    }
 
 
-def trainings_table(result: DemoResult) -> Table:
-    """Size, time and memory of each training."""
-    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
-    for title in ("trained on", "parameters", "their size", "peak memory", "of it before loading", "time"):
-        table.add_column(title, justify="left" if title == "trained on" else "right", no_wrap=True)
-    for training in result.trainings:
-        table.add_row(
-            "base" if training.ratio is None else f"emulator {training.ratio:g}",
-            f"{training.parameters:,}",
-            console.size(training.parameter_bytes),
-            console.size(training.peak_bytes),
-            console.size(training.idle_bytes),
-            f"{training.seconds:.0f} s",
-        )
-    return table
+def training_rows(result: DemoResult) -> list[dict[str, str]]:
+    """Size, memory and time of each training."""
+    return [
+        {
+            "trained on": "base" if training.ratio is None else f"emulator {training.ratio:g}",
+            "parameters": f"{training.parameters:,}",
+            "their size": console.size(training.parameter_bytes),
+            "peak memory": console.size(training.peak_bytes),
+            "before loading": console.size(training.idle_bytes),
+            "time": f"{training.seconds:.0f} s",
+        }
+        for training in result.trainings
+    ]
 
 
 def in_order(result: DemoResult) -> list[Score]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import xxhash
 
-from emloc_tools.errors import FormatError
+from emloc_tools.errors import FormatError, UnsupportedError
 from emloc_tools.files.folders import write_json
 from emloc_tools.files.json_files import parse_object, read_json
 from emloc_tools.files.manifest import AdapterManifest, manifest_dict
@@ -122,6 +122,11 @@ class Adapter:
         return patterns
 
     def _modules(self) -> list[str]:
+        if self.config.get("target_parameters"):
+            raise UnsupportedError(
+                f"{self.config_path}: target_parameters names parameters that are no linear layers, such as fused "
+                "experts; give the trainer a list of linear target_modules instead of all-linear"
+            )
         modules = set()
         for name in self.tensors.names():
             match = re.fullmatch(re.escape(PREFIX) + r"(.+)\.lora_[AB]\.weight", name)

@@ -44,6 +44,8 @@ def new_folder(output: Path, *, overwrite: bool) -> Iterator[Path]:
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent))
+    except FileExistsError as error:
+        raise InputError(f"cannot write into {output.parent}: {error.filename} is a file, not a folder") from error
     except OSError as error:
         raise InputError(f"cannot write into {output.parent}: {error.strerror or error}") from error
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
@@ -63,5 +64,7 @@ def choose_device(device: str) -> str:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {device} cannot be used here: {first_line(error)}") from error
+        known = re.fullmatch(r"cpu|(cuda|xpu|mps)(:\d+)?", device)
+        reason = first_line(error) if known else "expected auto, cpu, cuda, cuda:1, ..."
+        raise InputError(f"--device {device} cannot be used here: {reason}; --device cpu works everywhere") from error
     return device

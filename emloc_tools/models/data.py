@@ -57,6 +57,8 @@ def load_batches(
     texts are cut at `max_length` tokens, and at the positions that the model has if those are fewer. Raises
     `InputError` naming the line or tensor at fault, also where token ids or ready inputs do not fit the model.
     """
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; expected JSONL or a .safetensors file of model inputs")
     if not path.is_file():
         raise InputError(f"{path} does not exist; expected JSONL or a .safetensors file of model inputs")
     limits = limits_of(load_config(source, trust_remote_code=trust_remote_code))

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from emloc_tools.models.memory import Arena, keep_heap_flat
+from emloc_tools.models.placeholders import Placeholders
 from emloc_tools.models.units import Slot, Unit, partition, put, value
 from emloc_tools.models.weights import ModelWeights
 
@@ -81,6 +82,7 @@ class LockStep:
         _move_buffers(model, self.device)
         self._fill(self._resident, self.weights.load(self._sources(self._resident)))
         self._handles = [handle for unit in self.units for handle in self._hooks(unit)]
+        self._handles.append(Placeholders(slot for unit in self.units for slot in unit.slots))
 
     @property
     def current(self) -> int:

@@ -204,10 +204,19 @@ def _factor_dtype(weight: TensorSpec, dtype: str) -> torch.dtype:
 
 
 def _config(opened: BaseModel, dtype: str) -> dict[str, object]:
-    """The base's config.json as it is, but for a dtype that the user chose."""
+    """The base's config.json as it is, but for a dtype that the user chose, and names that transformers 4 reads.
+
+    transformers 5 saves rotary settings under `rope_parameters`. Version 4 does not know that name, and would take
+    its defaults without a word.
+    """
     config = read_json(opened.source.folder / "config.json", "base config")
     if dtype != "auto":
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
+    rope = config.get("rope_parameters")
+    if isinstance(rope, dict) and "rope_theta" in rope:
+        config.setdefault("rope_theta", rope["rope_theta"])
+        if rope.get("rope_type", "default") != "default":
+            config.setdefault("rope_scaling", {key: value for key, value in rope.items() if key != "rope_theta"})
     return config
 
 

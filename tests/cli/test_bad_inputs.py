@@ -94,7 +94,7 @@ TABLE = [
     Bad(of(CALIBRATE, out="{bad}/foreign") + " --overwrite", ("foreign holds files", "did not write")),
     Bad(of(CALIBRATE, out="{bad}/file"), ("file exists and is not a folder", "--output")),
     Bad(of(CALIBRATE, out="{bad}/link") + " --overwrite", ("link exists and is not a folder", "--output")),
-    Bad(of(CALIBRATE, out="{bad}/file/below"), ("cannot write into .*file: File exists",)),
+    Bad(of(CALIBRATE, out="{bad}/file/below"), ("cannot write into .*file: .*file is a file, not a folder",)),
     Bad(of(TRUNCATE, out="{emulator}") + " --ratio 0.1 --overwrite", ("would replace the input", "another --output")),
     # layers
     Bad(CALIBRATE + " --targets (q_proj", (r"--targets '\(q_proj' is not a regular expression", "position 0")),

@@ -41,7 +41,9 @@ def unknown(words: list[str]) -> str | None:
     if command is None:
         return None if words[1].startswith("-") or words[1] == "COMMAND" else f"command {words[1]}"
     known = {name for option in command.params for name in (*option.opts, *option.secondary_opts)} | {"--help"}
-    return next((f"option {word} of {words[1]}" for word in words[2:] if word.startswith("--") and word not in known), None)
+    return next(
+        (f"option {word} of {words[1]}" for word in words[2:] if word.startswith("--") and word not in known), None
+    )
 
 
 @pytest.mark.parametrize(("path", "text"), generate.pages().items(), ids=lambda value: getattr(value, "name", ""))
@@ -91,6 +93,8 @@ def test_the_tutorial_runs(tmp_path: Path) -> None:
     tutorial = blocks(ROOT / "docs/tutorial.md", "python")
     first, second = blocks(ROOT / "docs/python.md", "python")
     program = "\n".join([*tutorial, first, "import shutil; shutil.rmtree('corrected')", second])
-    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert re.search(r"^corrected \d+\.\d+ \d+\.\d+$", done.stdout, re.MULTILINE)

@@ -74,14 +74,18 @@ def make_case(family: str, folder: Path) -> Case:
     from emloc_tools.stages.calibrate import calibrate
 
     case = Case(family, *(folder / name for name in ("base", "emulator", "sharded", "unguarded", "train.jsonl")))
-    pico.save_model(case.base, family)
+    saved = folder / "saved"
+    pico.save_model(saved, family)
+    shutil.copytree(saved, case.base)
     as_on_the_hub(case.base)
+    as_transformers_5_saves(saved)
     pico.save_texts(case.data)
     calibration = folder / "calibration"
     calibrate(base=str(case.base), data=case.data, output=calibration, device="cpu", max_length=32, batch_size=2)
-    common: dict[str, Any] = {"base": str(case.base), "calibration": calibration, "ratio": RATIO}
-    build_emulator(**common, output=case.emulator)
-    build_emulator(**common, output=case.sharded, max_shard_size=20_000)
+    common: dict[str, Any] = {"calibration": calibration, "ratio": RATIO}
+    build_emulator(**common, base=str(case.base), output=case.emulator)
+    # The same base in other words: the emulator must say what both versions understand.
+    build_emulator(**common, base=str(saved), output=case.sharded, max_shard_size=20_000)
     shutil.copytree(case.emulator, case.unguarded)
     tensors = load_file(case.unguarded / "model.safetensors")
     guards = [name for name in tensors if name.removesuffix(".weight") in factored_layers(case.emulator)]
@@ -100,6 +104,15 @@ def as_on_the_hub(base: Path) -> None:
     tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"
     for name, values in (("config.json", config), ("tokenizer_config.json", tokenizer)):
         (base / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def as_transformers_5_saves(base: Path) -> None:
+    """The same rotary settings as the hub's, under the name that only transformers 5 reads."""
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    if "rope_parameters" in config:
+        config["rope_parameters"]["rope_theta"] = ROPE_THETA
+        assert "rope_theta" not in config
+    (base / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def factored_layers(emulator: Path) -> Collection[str]:

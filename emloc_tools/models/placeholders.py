@@ -1,0 +1,60 @@
+"""What stands in a module for a weight that is not loaded: it can be looked at, but not be computed with.
+
+A plain tensor on meta is not enough: torch multiplies it with a real one (`linear`, `matmul`, `conv1d`) without a word,
+and the result is whatever was in memory. A model that uses a weight without calling the module that owns it would be
+computed wrongly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from emloc_tools.errors import UnsupportedError
+from emloc_tools.models.units import Slot, put, value
+
+
+class Placeholder(nn.Parameter):
+    """A parameter on meta that refuses every operation with a tensor that is not on meta, and so do views of it."""
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        tensors = [leaf for leaf in tree_leaves((args, kwargs or {})) if isinstance(leaf, torch.Tensor)]
+        with torch._C.DisableTorchFunctionSubclass():
+            mixed = not all(tensor.is_meta for tensor in tensors)
+            shape = next(list(tensor.shape) for tensor in tensors if isinstance(tensor, cls))
+        if mixed:
+            raise UnsupportedError(
+                f"the model computes with a weight of shape {shape} that is not loaded, since it does not call the "
+                "module that owns the weight; such models cannot be streamed"
+            )
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+class Placeholders:
+    """Puts placeholders in all parameter slots that are on meta, tied ones the same, until it is removed."""
+
+    def __init__(self, slots: Iterable[Slot]) -> None:
+        self._before: list[tuple[Slot, torch.Tensor]] = []
+        made: dict[int, torch.Tensor] = {}
+        for slot in slots:
+            before = value(slot)
+            if not isinstance(before, nn.Parameter) or isinstance(before, Placeholder) or not before.is_meta:
+                continue
+            if id(before) not in made:
+                made[id(before)] = torch.Tensor._make_subclass(Placeholder, before.detach(), before.requires_grad)
+                made[id(before)].__dict__.update(before.__dict__)
+            self._before.append((slot, before))
+            put(slot, made[id(before)])
+
+    def remove(self) -> None:
+        """Put the plain parameters back."""
+        for slot, before in self._before:
+            put(slot, before)
+        self._before.clear()

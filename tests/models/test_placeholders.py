@@ -1,0 +1,81 @@
+"""A weight that is not loaded can be looked at, but the model cannot compute with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from emloc_tools.errors import UnsupportedError
+from emloc_tools.models.placeholders import Placeholder, Placeholders
+from tests.models.streamed import stream_module
+
+
+def placeholder() -> torch.Tensor:
+    layer = nn.Linear(8, 8, device="meta")
+    Placeholders([(layer, "weight", False, "weight")])
+    assert isinstance(layer.weight, Placeholder)
+    return layer.weight
+
+
+X = torch.ones(3, 8)
+USES: dict[str, Callable[[torch.Tensor], object]] = {
+    "linear": lambda w: F.linear(X, w),
+    "matmul of a view": lambda w: X @ w.T[:, 2:],
+    "embedding": lambda w: F.embedding(torch.tensor([1]), w),
+    "addition": lambda w: X + w[0],
+    "list": lambda w: torch.cat([X, w]),
+    "keyword": lambda w: F.layer_norm(X, (8,), weight=w[0]),
+    "copy": lambda w: w.clone().copy_(torch.ones(8, 8)),
+}
+
+
+@pytest.mark.parametrize("use", list(USES))
+def test_computing_with_a_weight_that_is_not_loaded_is_refused(use: str) -> None:
+    with pytest.raises(UnsupportedError, match="that is not loaded"):
+        USES[use](placeholder())
+
+
+def test_torch_itself_would_multiply_with_it() -> None:
+    """The control, and the reason for placeholders: the result is not on meta, though nobody knows the weight."""
+    assert not F.linear(X, torch.empty(8, 8, device="meta")).is_meta
+
+
+def test_a_weight_that_is_not_loaded_can_be_looked_at() -> None:
+    w = placeholder()
+    assert (w.shape, w.dtype, w.device.type, w.is_meta) == ((8, 8), torch.float32, "meta", True)
+    assert (w.numel(), w.nbytes, w.dim(), w.requires_grad) == (64, 256, 2, True)
+    assert isinstance(w, nn.Parameter)
+    assert (w.T @ w).is_meta
+
+
+class Borrows(nn.Module):
+    """Uses the weight of a block without calling the block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
+        self.blocks[1].bias = self.blocks[0].bias
+
+    def forward(self, x: torch.Tensor, borrow: bool) -> torch.Tensor:
+        x = self.blocks[0](x)
+        return F.linear(x, self.blocks[1].weight) if borrow else self.blocks[1](x)  # type: ignore[no-any-return, arg-type]
+
+
+def test_a_streamed_model_that_does_not_call_the_owner_of_a_weight_is_refused(tmp_path: Path) -> None:
+    reference, stream = stream_module(Borrows, tmp_path)
+    first, second = stream.model.blocks  # type: ignore[misc, union-attr]
+    assert first.bias is second.bias, "tied parameters stay one"
+    results: list[torch.Tensor] = []
+    stream.run([lambda: stream.model(X, False)], lambda index, result: results.append(result))
+    assert torch.equal(results[0], reference(X, False))
+    with pytest.raises(UnsupportedError, match=r"a weight of shape \[8, 8\] that is not loaded"):
+        stream.run([lambda: stream.model(X, True)])
+    assert all(isinstance(parameter, Placeholder) for parameter in stream.model.parameters())
+    stream.close()
+    assert not any(isinstance(parameter, Placeholder) for parameter in stream.model.parameters())
+    assert first.bias is second.bias

@@ -12,29 +12,33 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from emloc_tools.errors import UnsupportedError
 from emloc_tools.models.units import Slot, put, value
 
 
-class Placeholder(nn.Parameter):
-    """A parameter on meta that refuses every operation with a tensor that is not on meta, and so do views of it."""
+class NotLoaded(torch.Tensor):
+    """A tensor on meta that refuses every operation with a tensor that is not on meta; so do its views."""
 
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        tensors = [leaf for leaf in tree_leaves((args, kwargs or {})) if isinstance(leaf, torch.Tensor)]
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         with torch._C.DisableTorchFunctionSubclass():
-            mixed = not all(tensor.is_meta for tensor in tensors)
-            shape = next(list(tensor.shape) for tensor in tensors if isinstance(tensor, cls))
-        if mixed:
-            raise UnsupportedError(
-                f"the model computes with a weight of shape {shape} that is not loaded, since it does not call the "
-                "module that owns the weight; such models cannot be streamed"
-            )
-        return super().__torch_function__(func, types, args, kwargs)
+            if not all(tensor.is_meta for tensor in tensors):
+                shape = next(list(tensor.shape) for tensor in tensors if isinstance(tensor, NotLoaded))
+                raise UnsupportedError(
+                    f"the model computes with a weight of shape {shape} that is not loaded, since it does not call the "
+                    "module that owns the weight; such models cannot be streamed"
+                )
+            result = func(*args, **(kwargs or {}))
+            return tree_map_only(torch.Tensor, lambda tensor: tensor.as_subclass(NotLoaded), result)
+
+
+class Placeholder(NotLoaded, nn.Parameter):
+    """A parameter that is not loaded."""
 
 
 class Placeholders:

@@ -27,7 +27,7 @@ Why the tricks:
 - Nothing parks inside of a backward: greenlets cannot switch within autograd's C++ engine. This is why the gradients
   stop in slots instead of running through the units by themselves.
 - Between the freed activations lie small objects of tapes and graphs, so that the C heap would grow with depth:
-  `malloc_trim` gives the gaps back after every unit.
+  the gaps are given back after every unit.
 
 Refused, because the result would be wrong: units that change the state of an argument (caches), units whose second run
 gives other results (random numbers, counters), changing a tensor in place that shares memory with another one. Not
@@ -37,10 +37,7 @@ logits that transformers collects by hooks inside of blocks. No gradient runs th
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import functools
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -55,6 +52,7 @@ from emloc_tools.models.calls import Call, Visit
 from emloc_tools.models.forwards import OtherForward, hook_ids, without_hooks
 from emloc_tools.models.gradients import Gradient, tapped
 from emloc_tools.models.graph import Saved
+from emloc_tools.models.memory import give_heap_back
 from emloc_tools.models.repeat import carries_gradient
 from emloc_tools.models.spill import Spill
 from emloc_tools.models.stream import MAX_UNIT_BYTES, LockStep, Task
@@ -277,11 +275,4 @@ class BackwardLockStep(LockStep):
 
     def _free(self, unit: Unit) -> None:
         super()._free(unit)
-        _trim_heap()
-
-
-def _trim_heap() -> None:
-    """Give unused pages in the middle of glibc's heap back."""
-    if sys.platform.startswith("linux"):
-        with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL(None).malloc_trim(0)
+        give_heap_back()

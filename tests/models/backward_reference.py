@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +22,9 @@ from emloc_tools.models.layers import select_layers
 from emloc_tools.models.skeleton import parameters_on_meta
 from emloc_tools.models.weights import ModelWeights
 from emloc_tools.records import Layer
+from tests.models.streamed import batches
+
+EXACT = 1e-11  # float64, up to the order of sums
 
 Calls = Sequence[Callable[[], Any]]
 Loss = Callable[[int, Any], torch.Tensor]
@@ -130,3 +135,31 @@ def stream_module_backward(
     layers = select_layers(skeleton, targets=".")
     weights = ModelWeights(skeleton, TensorFolder.of_files([folder / "m.safetensors"]))
     return model, BackwardLockStep(skeleton, weights, layers, spill=folder, **options), layers
+
+
+def calls(model: Any) -> Calls:
+    """Forwards with labels at every position, padding included, so that padded rows have gradients as well."""
+    options = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+
+    def call(inputs: dict[str, torch.Tensor]) -> Any:
+        return lambda: model(**inputs, labels=inputs["input_ids"], **options)
+
+    return [call(inputs) for inputs in batches()]
+
+
+def loss(batch: int, output: Any) -> torch.Tensor:
+    return output.loss  # type: ignore[no-any-return]
+
+
+def count_reads(stream: BackwardLockStep) -> Counter[str]:
+    """How often each checkpoint tensor is read from now on."""
+    counts: Counter[str] = Counter()
+    tensors = stream.weights.tensors
+    read = tensors.read
+
+    def counting(name: str, buffer: torch.Tensor | None = None) -> torch.Tensor:
+        counts[name] += 1
+        return read(name, buffer)
+
+    tensors.read = counting  # type: ignore[method-assign]
+    return counts

@@ -11,15 +11,18 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
 from transformers.utils import ModelOutput
 
 from emloc_tools.models.spill import Spill
-from tests.models.backward_reference import collect, distance, reference, stream_module_backward
-from tests.models.test_backward import EXACT, count_reads
-
-WIDTH = 8
-TOKENS = 20
+from tests.models.backward_reference import (
+    EXACT,
+    collect,
+    count_reads,
+    distance,
+    reference,
+    stream_module_backward,
+)
+from tests.models.small_modules import TOKENS, WIDTH, Plain, batches, loss
 
 
 class Pair(NamedTuple):
@@ -31,17 +34,6 @@ class Pair(NamedTuple):
 class Output(ModelOutput):  # type: ignore[misc]
     hidden: torch.Tensor | None = None
     unused: torch.Tensor | None = None
-
-
-class Plain(nn.Module):
-    """A layer with more outputs than inputs and one with fewer, the first result changed in place."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(WIDTH, 12), nn.Linear(12, WIDTH)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down(self.up(x).mul_(1.5).sin_())  # type: ignore[no-any-return]
 
 
 class ChangesInput(Plain):
@@ -153,18 +145,8 @@ class Odd(nn.Module):
         return self.head(x)  # type: ignore[no-any-return]
 
 
-def batches() -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(2)
-    # The first batch's tensors are large enough to go to disk between units.
-    return [torch.randint(TOKENS, shape, generator=generator) for shape in ((50, 40), (2, 7), (3, 5), (1, 9))]
-
-
 def forwards(model: nn.Module) -> list[Callable[[], torch.Tensor]]:
     return [lambda ids=ids, i=i: model(ids, detour=i % 2 == 1) for i, ids in enumerate(batches())]  # type: ignore[misc]
-
-
-def loss(batch: int, logits: torch.Tensor) -> torch.Tensor:
-    return F.cross_entropy(logits.flatten(0, 1), batches()[batch].flatten())
 
 
 def test_gradients_of_an_odd_network_equal_autograd_in_memory(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 Side = Literal["input", "output"]
 Orientation = Literal["linear", "conv1d"]
 Allocation = Literal["uniform", "adaptive"]
+Weighting = Literal["none", "gradient"]
 Loss = Literal["next-token", "model"]  # what gradients are of; formats/calibration/SPEC.md says it in full
 
 

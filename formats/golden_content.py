@@ -192,7 +192,7 @@ def emulator(
             "layers": records,
             "ignored_tensors": [],
         },
-        weighting=Weighting(damping=0.05) if weighted else None,
+        weighting=Weighting(damping=0.05, sensitivity=dict.fromkeys(layers, 1.5)) if weighted else None,
     )
 
 

@@ -25,7 +25,7 @@ ROOMS: dict[str, set[str]] = {
     "__main__": {"cli"},
 }
 # A stage never runs another stage; these modules of the room are no stages and serve several of them.
-HELPERS_OF_STAGES = {"budget", "candidates", "decomposer", "gram_sums", "refusals"}
+HELPERS_OF_STAGES = {"budget", "candidates", "decomposer", "gradient_sums", "gram_sums", "refusals"}
 
 
 def room_of(path: Path) -> str:

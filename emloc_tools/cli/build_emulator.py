@@ -21,12 +21,23 @@ EXAMPLE = """Example:
 @click.option("--calibration", type=options.FOLDER, help="Folder from calibrate.  [default: plain SVD of the weights]")
 @options.size_options
 @click.option(
+    "--weighting",
+    type=click.Choice(["none", "gradient"]),
+    help="Measure errors in a layer's outputs, or by what the loss minds.  [default: gradient if calibrated so]",
+)
+@click.option(
+    "--damping",
+    type=float,
+    default=0.05,
+    show_default=True,
+    help="For gradient: share of the mean squared gradient that every direction gets.",
+)
+@click.option(
     "--allocation",
     type=click.Choice(["uniform", "adaptive"]),
-    default="uniform",
-    show_default=True,
-    help="Same ratio for every layer, or more ranks where they remove more error.",
+    help="Same ratio for every layer, or more ranks where they gain more.  [default: adaptive with gradient]",
 )
+@click.option("--preset", type=click.Choice(["paper"]), help="paper: --weighting none --allocation uniform.")
 @options.layer_options
 @options.device_options("cpu", "Precision of the stored factors.  [default: that of the base]")
 @click.option(
@@ -47,7 +58,10 @@ def build_emulator(
     ratio: float | None,
     params: int | None,
     size: int | None,
-    allocation: str,
+    weighting: str | None,
+    damping: float,
+    allocation: str | None,
+    preset: str | None,
     targets: str | None,
     exclude: str | None,
     device: str,
@@ -67,6 +81,10 @@ def build_emulator(
     from emloc_tools.cli import console, emulators
     from emloc_tools.stages.build_emulator import build_emulator as run
 
+    if preset == "paper":
+        if weighting or allocation:
+            raise click.UsageError("--preset paper already says --weighting none --allocation uniform.")
+        weighting, allocation = "none", "uniform"
     with console.progress(hidden=quiet) as progress:
         written = run(
             base=base,
@@ -76,7 +94,9 @@ def build_emulator(
             ratio=ratio,
             params=params,
             size=size,
-            allocation="adaptive" if allocation == "adaptive" else "uniform",
+            weighting=weighting,
+            damping=damping,
+            allocation=allocation,
             targets=targets,
             exclude=exclude,
             device=device,

@@ -21,6 +21,7 @@ EXAMPLE = """Example:
 @options.base_options()
 @options.data_options(samples=64)
 @options.layer_options
+@click.option("--gradients", is_flag=True, help="Also record what the loss minds; takes about three times as long.")
 @options.device_options("auto", "Precision of the forward pass.  [default: that of the base]")
 @options.shard_option
 @options.output_options
@@ -36,6 +37,7 @@ def calibrate(
     seed: int,
     targets: str | None,
     exclude: str | None,
+    gradients: bool,
     device: str,
     dtype: str,
     max_shard_size: int,
@@ -46,8 +48,9 @@ def calibrate(
 ) -> None:
     """Record how your data look in each layer of a base.
 
-    These statistics (Gram matrices) let build-emulator keep what matters for the task. The base is read once, block by
-    block, and may be larger than memory.
+    These statistics (Gram matrices) let build-emulator keep what matters for the task. With --gradients the samples
+    also run backward, which makes far better emulators. The base is read once (twice with --gradients), block by block,
+    and may be larger than memory.
     """
     from emloc_tools.cli import console
     from emloc_tools.stages.calibrate import calibrate as run
@@ -64,6 +67,7 @@ def calibrate(
             seed=seed,
             targets=targets,
             exclude=exclude,
+            gradients=gradients,
             device=device,
             dtype=dtype,
             max_shard_size=max_shard_size,
@@ -76,7 +80,7 @@ def calibrate(
         ("samples", result.samples),
         ("tokens", result.tokens),
         ("layers", result.layers),
-        ("statistics", f"{result.grams} Gram matrices, {console.size(result.gram_bytes)}"),
+        ("statistics", f"{result.grams + result.gradients} Gram matrices, {console.size(result.gram_bytes)}"),
         ("read", console.size(result.bytes_read)),
     ]
     following = ("build-emulator", "--base", base, "--calibration", output, "--ratio", "0.25", "--output", "EMULATOR")
@@ -84,6 +88,11 @@ def calibrate(
     console.emit(
         result, as_json=as_json, quiet=quiet, draw=lambda out: console.facts(out, f"Calibration in {output}", rows)
     )
+    if gradients and result.gradients < result.layers:
+        console.warn(
+            f"the loss depends on {result.gradients} of {result.layers} layers; the others are not weighted by it",
+            hidden=quiet,
+        )
     if result.unreached:
         console.warn(
             f"no sample reached {len(result.unreached)} layers, such as {result.unreached[0]}; an emulator keeps them "

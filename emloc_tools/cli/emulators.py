@@ -28,7 +28,7 @@ def draw(out: Console, written: WrittenEmulator) -> None:
         (
             "relative error",
             f"mean {console.fraction(mean(errors.values()))}, largest {console.fraction(max(errors.values()))} of a "
-            f"layer's {'weight' if manifest.calibration is None else 'output on the data'}",
+            f"layer's {_measured(written)}",
         ),
     ]
     if manifest.calibration is None:
@@ -60,3 +60,11 @@ def draw(out: Console, written: WrittenEmulator) -> None:
     console.layer_table(out, table, bars=["relative error"])
     if len(worst) < len(errors):
         console.line(out, f"All: {options.runnable('inspect', written.folder)}")
+
+
+def _measured(written: WrittenEmulator) -> str:
+    """What relative errors are parts of."""
+    if written.manifest.calibration is None:
+        return "weight"
+    weighted = ", weighted by the loss gradient" if getattr(written.manifest, "weighting", None) else ""
+    return f"output on the data{weighted}"

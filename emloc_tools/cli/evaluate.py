@@ -78,6 +78,7 @@ def evaluate(
 def _draw(out: Console, results: Sequence[Evaluation]) -> None:
     from emloc_tools.cli import console
 
+    answers = any(result.exact > 0 for result in results)  # whole texts are never predicted to the last token
     rows = [
         {
             "model": result.model,
@@ -85,11 +86,12 @@ def _draw(out: Console, results: Sequence[Evaluation]) -> None:
             "loss": f"{result.loss:.4f}",
             "perplexity": f"{result.perplexity:.4g}",
             "token accuracy": f"{result.accuracy:.1%}",
+            **({"exact": f"{result.exact:.1%}"} if answers else {}),
             "tokens": f"{result.tokens:,}",
         }
         for result in results
     ]
-    console.layer_table(out, rows, to_right=["loss", "perplexity", "token accuracy", "tokens"])
+    console.layer_table(out, rows, to_right=["loss", "perplexity", "token accuracy", "exact", "tokens"])
 
 
 def _warn(results: Sequence[Evaluation], quiet: bool) -> None:
@@ -99,7 +101,7 @@ def _warn(results: Sequence[Evaluation], quiet: bool) -> None:
     without = {result.model: result.loss for result in results if result.adapter is None}
     for result in results:
         if result.adapter is not None and result.model == "base" and result.loss >= without["base"]:
-            advice = "try a larger --ratio, or calibrate on data of the task itself"
+            advice = "try a larger --ratio, calibrate on data of the task itself, and with --gradients"
             if not result.corrected:
                 advice = "if it was trained on an emulator, run emloc-tools correct first"
             console.warn(

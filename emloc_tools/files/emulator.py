@@ -35,6 +35,7 @@ class Emulator:
         try:
             self._check_files()
             self._check_factors()
+            self._check_weighting()
             self._check_guard()
             self._check_names()
         except BaseException:
@@ -125,6 +126,11 @@ class Emulator:
             bias = f"{name}.bias"
             if bias in self.tensors and self.tensors.spec(bias).shape != (layer.out_features,):
                 raise self._error("E5", bias, f"must have shape [{layer.out_features}]")
+
+    def _check_weighting(self) -> None:
+        dense = set(self.weighting.sensitivity if self.weighting else ()) - set(self.layers)
+        if dense:
+            raise self._error("E15", f"weighting.sensitivity.{min(dense)}", "is no factored layer")
 
     def _check_guard(self) -> None:
         weights = [f"{name}.weight" for name in self.layers if f"{name}.weight" in self.tensors]

@@ -161,9 +161,14 @@ class FactoredLayer(Strict):
 
 
 class Weighting(Strict):
-    """How the loss gradient weighted the error: `damping`, a share of its mean square, was added to every direction."""
+    """How the loss gradient weighted the error: `damping`, a share of its mean square, was added to every direction.
+
+    `sensitivity` says, for every factored layer with gradients, what its weighted energy per token is worth to the
+    loss: the mean squared entry of the gradient times the number of tokens.
+    """
 
     damping: Positive
+    sensitivity: dict[Name, Magnitude]
 
 
 class EmulatorManifest(Strict):

@@ -56,22 +56,23 @@ def ratio_for_budget(layers: Sequence[Layer], budget: int) -> float | None:
 
 
 def adaptive_ranks(
-    layers: Sequence[Layer], shares: Mapping[str, torch.Tensor], ratio: float, floor: float = FLOOR
+    layers: Sequence[Layer], gains: Mapping[str, torch.Tensor], ratio: float, floor: float = FLOOR
 ) -> dict[str, int]:
-    """Spend the values of the uniform allocation where they remove the most relative output energy per value.
+    """Spend the values of the uniform allocation where they gain the most per value.
 
-    `shares[name] (m,)` are the parts of a layer's output energy that its directions carry, fractions 0–1,
-    descending; no layer gets more directions than its m. Every layer starts at `floor` of its uniform rank, at least
-    one direction; then single directions are taken by share per stored value while the budget lasts, passing over
-    those that no longer fit. Shares only fall within a layer, so what is missing to the best allocation above the
-    floors is at most the gain of one direction. Layers that `uniform_ranks` leaves dense stay dense.
+    `gains[name] (m,)` say what each direction of a layer is worth, descending and in one unit for all layers: the part
+    of the layer's output energy that it carries, or, with gradients, its energy in terms of the loss. No layer gets
+    more directions than its m. Every layer starts at `floor` of its uniform rank, at least one direction; then single
+    directions are taken by gain per stored value while the budget lasts, passing over those that no longer fit. Gains
+    only fall within a layer, so what is missing to the best allocation above the floors is at most the gain of one
+    direction. Layers that `uniform_ranks` leaves dense stay dense.
     """
     uniform = uniform_ranks(layers, ratio)
     chosen = [layer for layer in layers if layer.name in uniform]
-    most = {layer.name: min(len(shares[layer.name]), largest_useful_rank(layer)) for layer in chosen}
+    most = {layer.name: min(len(gains[layer.name]), largest_useful_rank(layer)) for layer in chosen}
     ranks = {layer.name: min(max(1, int(floor * uniform[layer.name])), most[layer.name]) for layer in chosen}
     budget = stored_values(chosen, uniform) - stored_values(chosen, ranks)
-    for layer in _by_gain(chosen, shares, ranks, most):
+    for layer in _by_gain(chosen, gains, ranks, most):
         if layer.rank_cost <= budget:
             ranks[layer.name] += 1
             budget -= layer.rank_cost
@@ -79,12 +80,12 @@ def adaptive_ranks(
 
 
 def _by_gain(
-    layers: Sequence[Layer], shares: Mapping[str, torch.Tensor], ranks: Mapping[str, int], most: Mapping[str, int]
+    layers: Sequence[Layer], gains: Mapping[str, torch.Tensor], ranks: Mapping[str, int], most: Mapping[str, int]
 ) -> list[Layer]:
-    """For every direction from `ranks` up to `most` its layer, largest share per stored value first."""
+    """For every direction from `ranks` up to `most` its layer, largest gain per stored value first."""
     if not layers:
         return []
-    gains = [shares[layer.name][ranks[layer.name] : most[layer.name]] / layer.rank_cost for layer in layers]
-    owners = [torch.full_like(gain, index, dtype=torch.long) for index, gain in enumerate(gains)]
-    order = torch.cat(gains).argsort(descending=True, stable=True)
+    per_value = [gains[layer.name][ranks[layer.name] : most[layer.name]] / layer.rank_cost for layer in layers]
+    owners = [torch.full_like(gain, index, dtype=torch.long) for index, gain in enumerate(per_value)]
+    order = torch.cat(per_value).argsort(descending=True, stable=True)
     return [layers[index] for index in torch.cat(owners)[order].tolist()]

@@ -38,8 +38,11 @@ def decompose_weighted(
 
     `energies` and the relative error that follows from them are weighted: H is scaled to a mean diagonal of 1, so they
     compare with those of an unweighted emulator. U has no orthonormal columns; at full rank the factors give W.
-    Everything runs in `dtype` on W's device. Raises `NumericalError` as `lowrank.decompose` does.
+    A layer that the loss does not depend on (no gradient at all) is not weighted. Everything runs in `dtype` on W's
+    device. Raises `NumericalError` as `lowrank.decompose` does.
     """
+    if gradient.energy == 0:
+        return decompose(W, rank, gram, dtype=dtype)
     weighted, weighted_gram, back = _coordinates(W.to(dtype), gram, gradient, damping)
     low_rank = decompose(weighted, rank, weighted_gram, dtype=dtype)
     return replace(low_rank, U=(back @ low_rank.U.to(dtype)).float())
@@ -55,15 +58,18 @@ def loss_energies(
 ) -> torch.Tensor:
     """What each direction of the weighted emulator is worth to the loss: `(min(out, in),)`, float64, descending.
 
-    These are weighted energies summed over tokens, in units of the squared loss, so layers can be compared.
+    These are weighted energies times `sensitivity`, in units of the squared loss, so layers can be compared.
     """
+    if gradient.energy == 0:
+        return torch.zeros(min(W.shape), dtype=torch.float64)
     weighted, weighted_gram, _ = _coordinates(W.to(dtype), gram, gradient, damping)
-    return output_energies(weighted, weighted_gram, dtype=dtype) * mean_square(gradient, W.shape[0])
+    per_token = output_energies(weighted, weighted_gram, dtype=dtype) / max(1, gram.tokens)
+    return per_token * sensitivity(gram, gradient, W.shape[0])
 
 
-def mean_square(gradient: GradientGram, out_features: int) -> float:
-    """Mean squared entry of the loss gradient at the layer's output, over tokens and features."""
-    return gradient.energy / (out_features * max(1, gradient.tokens))
+def sensitivity(gram: Gram, gradient: GradientGram, out_features: int) -> float:
+    """What a layer's weighted energy per token is worth to the loss: mean squared gradient entry times tokens."""
+    return gradient.energy / (out_features * max(1, gradient.tokens)) * gram.tokens
 
 
 def _coordinates(
@@ -75,10 +81,7 @@ def _coordinates(
     matrix = gradient.matrix.to(W.device, W.dtype)
     if not torch.isfinite(matrix).all():
         raise NumericalError("the second moments of the gradient hold NaN or infinity")
-    out_features = W.shape[0]
-    mean = gradient.energy / out_features  # summed over tokens, as the matrix is
-    if mean == 0:  # a layer that the loss does not depend on: every direction counts the same
-        matrix, mean = torch.zeros_like(matrix), 1.0
+    mean = gradient.energy / W.shape[0]  # summed over tokens, as the matrix is
     if gradient.side == "output":
         H = matrix / mean
         H.diagonal().add_(damping)

@@ -82,9 +82,9 @@ class Observer:
             reading = self._reading(batch, name, x)
             reading.layers.append(name)
             if "input" in wanted and reading.inputs is None:
-                reading.inputs = self._rows(batch, x)
+                reading.inputs = real_rows(x, self._mask(batch))
             if "output" in wanted:
-                reading.outputs[name] = self._rows(batch, output)
+                reading.outputs[name] = real_rows(output, self._mask(batch))
 
         return see
 
@@ -96,15 +96,19 @@ class Observer:
         readings.append(Reading(x, _version(x)))
         return readings[-1]
 
-    def _rows(self, batch: int, x: torch.Tensor) -> torch.Tensor:
-        """The rows of real tokens, copied: the model may change the tensor in place later."""
-        mask = self._mask(batch)
-        if mask is not None:
-            if x.shape[:-1] == mask.shape:
-                return x[mask]
-            if x.dim() == 2 and x.shape[0] == mask.numel():
-                return x[mask.reshape(-1)]
-        return x.reshape(-1, x.shape[-1]).clone()
+
+def real_rows(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """The rows `(tokens, features)` of real tokens in `x (..., features)`, copied: the model may change x in place.
+
+    `mask (batch, length)` says which tokens are real. It is applied to tensors with those leading dimensions, or with
+    as many rows; others, such as image patches, have no padding.
+    """
+    if mask is not None:
+        if x.shape[:-1] == mask.shape:
+            return x[mask]
+        if x.dim() == 2 and x.shape[0] == mask.numel():
+            return x[mask.reshape(-1)]
+    return x.reshape(-1, x.shape[-1]).clone()
 
 
 def _version(x: torch.Tensor) -> int | None:

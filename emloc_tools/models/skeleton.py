@@ -116,3 +116,10 @@ def compute_dtype(config: Any, requested: str = "auto") -> torch.dtype:
         return getattr(torch, requested)  # type: ignore[no-any-return]
     dtype = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None) or torch.float32
     return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+
+
+def predicts_next_token(architecture: str) -> bool:
+    """Whether a model class of transformers is a causal language model."""
+    from transformers.models.auto import modeling_auto
+
+    return architecture in set(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -20,13 +21,15 @@ from emloc_tools.files.manifest import (
     FactoredLayer,
     made_by,
 )
+from emloc_tools.files.manifest import Weighting as WeightingRecord
 from emloc_tools.files.tensors import MAX_SHARD_SIZE, TensorSpec, read_json
 from emloc_tools.linalg.allocate import adaptive_ranks, uniform_ranks
+from emloc_tools.linalg.weighting import DAMPING
 from emloc_tools.models.base import BaseModel, choose_device, open_base, weight_name
 from emloc_tools.models.companions import copy_companions
 from emloc_tools.models.layers import select_layers
 from emloc_tools.models.modeling import FILE, emulator_name, modeling_source
-from emloc_tools.records import Allocation, Layer, LowRank, Progress, silent
+from emloc_tools.records import Allocation, Layer, LowRank, Progress, Weighting, silent
 from emloc_tools.stages.budget import budget_ratio
 from emloc_tools.stages.decomposer import Decomposer
 from emloc_tools.stages.refusals import require_apart, require_artifact, require_original, require_own_weights
@@ -42,7 +45,9 @@ def build_emulator(
     params: int | None = None,
     size: int | None = None,
     ranks: Mapping[str, int] | None = None,
-    allocation: Allocation = "uniform",
+    weighting: Weighting | None = None,
+    damping: float = DAMPING,
+    allocation: Allocation | None = None,
     targets: str | None = None,
     exclude: str | None = None,
     device: str = "cpu",
@@ -57,10 +62,15 @@ def build_emulator(
     """Write an emulator of `base` to `output`, reading one weight at a time.
 
     Exactly one of these sets its size: `ratio` (the fraction 0–1 of each chosen layer's values), `params` (all
-    parameters), `size` (all bytes) or `ranks` (a rank per layer; all others stay dense). `allocation="adaptive"` spends
-    the same budget across layers by error removed per value, at the cost of reading the weights twice. Without
-    `calibration` every layer gets its truncated SVD. `dtype` of the factors: that of the base's weights by default.
-    `eigen_dtype` is the precision of the decompositions.
+    parameters), `size` (all bytes) or `ranks` (a rank per layer; all others stay dense). Without `calibration` every
+    layer gets its truncated SVD. `dtype` of the factors: that of the base's weights by default. `eigen_dtype` is the
+    precision of the decompositions.
+
+    `weighting="gradient"` measures errors by what the loss minds, with `damping` of the mean squared gradient added to
+    every direction, and is the default where the calibration has gradients; `"none"` measures the layers' outputs
+    alone. `allocation="adaptive"` spends the budget across layers where a value gains the most, at the cost of reading
+    the weights twice, and is the default with gradients; `"uniform"` gives every layer the same ratio. The paper has
+    `weighting="none"` and `allocation="uniform"`.
 
     Raises `InputError` for unusable options, `MismatchError` if the calibration belongs to another base,
     `NumericalError` for NaN or infinity.
@@ -79,7 +89,17 @@ def build_emulator(
         require_own_weights(layers, weights.source_of)
         specs = {name: TensorSpec(name, *weights.stored_spec(name)) for name in weights.stored_names()}
         stored_dtype = _factor_dtype(specs[weight_name(layers[0])], dtype)
-        decomposer = Decomposer(weights, statistics, device, getattr(torch, eigen_dtype), stored_dtype, progress)
+        weighted = _weighted(weighting, damping, statistics)
+        allocation = allocation or ("adaptive" if weighted else "uniform")
+        decomposer = Decomposer(
+            weights,
+            statistics,
+            device,
+            getattr(torch, eigen_dtype),
+            stored_dtype,
+            progress,
+            damping=damping if weighted else None,
+        )
         uniform = None
         if ranks is not None:
             _check_ranks(ranks, layers, any(value is not None for value in (ratio, params, size)))
@@ -88,7 +108,8 @@ def build_emulator(
             chosen = {weight_name(layer) for layer in layers}
             dense = [spec for spec in specs.values() if spec.name not in chosen]
             uniform = budget_ratio(dense, of_layers, stored_dtype, ratio=ratio, params=params, size=size)
-            ranks = _spend(decomposer, layers, uniform, allocation)
+            comparable = frozenset(statistics.gradient_layers) if statistics and weighted else None
+            ranks = _spend(decomposer, layers, uniform, allocation, comparable)
         factored = {layer.name: layer for layer in layers if layer.name in ranks}
         replaced = {weight_name(layer) for layer in factored.values()}
         folder = stack.enter_context(new_folder(output, overwrite=overwrite))
@@ -130,13 +151,38 @@ def build_emulator(
                 "layers": records,
                 "ignored_tensors": weights.ignored,
             },
+            weighting=WeightingRecord(damping=damping, sensitivity=decomposer.sensitivity)
+            if decomposer.sensitivity
+            else None,
         )
     left_dense = tuple(layer.name for layer in layers if layer.name not in factored)
     return WrittenEmulator(output, manifest, writer.tensors.total_size, left_dense)
 
 
-def _spend(decomposer: Decomposer, layers: Sequence[Layer], ratio: float, allocation: Allocation) -> dict[str, int]:
-    """The ranks that keep to the values of a uniform `ratio`."""
+def _weighted(weighting: Weighting | None, damping: float, calibration: Calibration | None) -> bool:
+    """Whether errors are weighted by the loss gradient."""
+    if not (damping > 0 and math.isfinite(damping)):
+        raise InputError(
+            f"--damping {damping:g} must be above 0: it is a share of the mean squared gradient, such as 0.05"
+        )
+    has_gradients = calibration is not None and bool(calibration.gradient_layers)
+    if weighting == "gradient" and not has_gradients:
+        where = f"the calibration in {calibration.folder} has none" if calibration else "there is no calibration"
+        raise InputError(f"--weighting gradient needs gradients, and {where}; run calibrate with --gradients")
+    return has_gradients and weighting != "none"
+
+
+def _spend(
+    decomposer: Decomposer,
+    layers: Sequence[Layer],
+    ratio: float,
+    allocation: Allocation,
+    comparable: frozenset[str] | None,
+) -> dict[str, int]:
+    """The ranks that keep to the values of a uniform `ratio`.
+
+    Only the layers in `comparable` share their budget, if it is given: those whose gains are in terms of the loss.
+    """
     ranks = uniform_ranks(layers, ratio)
     if not ranks:
         raise InputError(
@@ -144,8 +190,11 @@ def _spend(decomposer: Decomposer, layers: Sequence[Layer], ratio: float, alloca
             "choose a lower --ratio or other --targets"
         )
     if allocation == "adaptive":
-        spent = [layer for layer in layers if layer.name in ranks]
-        return adaptive_ranks(layers, {layer.name: decomposer.shares(layer, len(spent)) for layer in spent}, ratio)
+        sharing = [
+            layer for layer in layers if layer.name in ranks and (comparable is None or layer.name in comparable)
+        ]
+        gains = {layer.name: decomposer.gains(layer, len(sharing)) for layer in sharing}
+        ranks |= adaptive_ranks(sharing, gains, ratio)
     return ranks
 
 

@@ -15,24 +15,30 @@ from emloc_tools.files.calibration import GramSpool, write_calibration
 from emloc_tools.files.folders import check_output, new_folder
 from emloc_tools.files.manifest import BaseRecord, CalibratedLayer, DataRecord, file_hash, made_by
 from emloc_tools.files.tensors import MAX_SHARD_SIZE
+from emloc_tools.models.backward import BackwardLockStep
 from emloc_tools.models.base import choose_device, open_base, weight_name
 from emloc_tools.models.data import Batch, count_samples, count_tokens, load_batches
 from emloc_tools.models.layers import select_layers
 from emloc_tools.models.stream import LockStep
-from emloc_tools.records import Layer, Progress, silent
+from emloc_tools.records import Layer, Loss, Progress, silent
+from emloc_tools.stages.gradient_sums import GradientSums, batch_loss, loss_of
 from emloc_tools.stages.gram_sums import Statistics
 from emloc_tools.stages.refusals import blaming_inputs, require_apart, require_original, require_own_weights
 
 
 @dataclass(frozen=True)
 class CalibrationResult:
-    """What `calibrate` did. `tokens` counts real tokens of all samples, `bytes_read` the checkpoint's bytes."""
+    """What `calibrate` did. `tokens` counts real tokens of all samples, `bytes_read` the checkpoint's bytes.
+
+    `grams` are those of the data, `gradients` those of the loss gradient, `gram_bytes` the size of all.
+    """
 
     output: Path
     samples: int
     tokens: int
     layers: int
     grams: int
+    gradients: int
     gram_bytes: int
     unreached: list[str]
     bytes_read: int
@@ -50,6 +56,7 @@ def calibrate(
     seed: int = 0,
     targets: str | None = None,
     exclude: str | None = None,
+    gradients: bool = False,
     device: str = "auto",
     dtype: str = "auto",
     max_shard_size: int = MAX_SHARD_SIZE,
@@ -64,7 +71,13 @@ def calibrate(
     are accumulated in float32 over real tokens. Layers that read the same tensor share a Gram of it; the smaller of
     input and output side is kept.
 
-    Raises `InputError` for unusable paths, data or patterns, `NumericalError` for NaN or infinity.
+    With `gradients` the samples also run backward, and the second moments of the loss gradient at every layer are kept
+    as well. Every weight is then read twice at most, and activations pass through a temporary file beside the output.
+    The loss is that of the next token over the samples' targets (a text, a chat, the completion of a prompt), or for
+    ready inputs with labels that of the model.
+
+    Raises `InputError` for unusable paths, data or patterns, `NumericalError` for NaN or infinity, `UnsupportedError`
+    for gradients of a model without a loss on such data.
     """
     check_output(output, overwrite=overwrite)
     require_original(base)
@@ -81,20 +94,34 @@ def calibrate(
         seed=seed,
         trust_remote_code=trust_remote_code,
     )
+    loss = loss_of(batches, opened.architecture) if gradients else None
     with new_folder(output, overwrite=overwrite) as folder, opened.tensors:
         weights = opened.weights(layers)
         require_own_weights(layers, weights.source_of)
-        stream = LockStep(opened.model, weights, device=device)
-        statistics = Statistics(stream, layers, batches, GramSpool(folder / "spool"), progress)
-        options = _cheapest(opened.model, layers)
-        stream.run([_forward(opened.model, batch, stream.device, options) for batch in batches])
+        spool = GramSpool(folder / "spool")
+        options = _cheapest(opened.model, layers, loss)
+        calls = [_forward(opened.model, batch, torch.device(device), options) for batch in batches]
+        stream = (
+            LockStep(opened.model, weights, device=device)
+            if loss is None
+            else BackwardLockStep(opened.model, weights, layers, spill=folder, device=device)
+        )
+        statistics = Statistics(stream, layers, batches, spool, progress)
+        if isinstance(stream, BackwardLockStep):
+            sums = GradientSums(stream, batches, spool, progress)
+            stream.run_backward(calls, lambda index, result: batch_loss(batches[index], result, opened.model))
+            sums.finish()
+        else:
+            stream.run(calls)
         statistics.finish()
         stream.close()
         reached = statistics.reached()
         manifest = write_calibration(
             folder,
-            statistics.entries(),
-            statistics.packed,
+            [*statistics.entries(), *spool.gradients.values()],
+            lambda entry: (
+                spool.read(entry.layers, "gradient") if entry.kind == "gradient" else statistics.packed(entry)
+            ),
             max_shard_size=max_shard_size,
             fields={
                 "made_by": made_by(command),
@@ -115,38 +142,40 @@ def calibrate(
                     if layer.name in reached
                 },
                 "unreached": [layer.name for layer in layers if layer.name not in reached],
+                "loss": loss,
             },
         )
-        statistics.spool.remove()
+        spool.remove()
     return CalibrationResult(
         output=output,
         samples=manifest.data[0].samples,
         tokens=manifest.data[0].tokens,
         layers=len(manifest.layers),
-        grams=len(manifest.grams),
+        grams=len(manifest.grams) - len(spool.gradients),
+        gradients=len(spool.gradients),
         gram_bytes=sum(record.features * (record.features + 1) * 2 for record in manifest.grams),
         unreached=manifest.unreached,
         bytes_read=opened.tensors.bytes_read,
     )
 
 
-def _cheapest(model: Any, layers: Sequence[Layer]) -> dict[str, Any]:
-    """Arguments that spare what nobody needs: caches, and logits of other positions unless a Gram is of the head."""
+def _cheapest(model: Any, layers: Sequence[Layer], loss: Loss | None) -> dict[str, Any]:
+    """Arguments that spare what nobody needs: caches, and logits unless a loss or a Gram of the head is wanted."""
     accepted = inspect.signature(model.forward).parameters
     options: dict[str, Any] = {"use_cache": False}
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    if not any(model.get_submodule(layer.name) is head for layer in layers):
+    if loss is None and not any(model.get_submodule(layer.name) is head for layer in layers):
         options["logits_to_keep"] = 1
     return {name: value for name, value in options.items() if name in accepted}
 
 
-def _forward(model: nn.Module, batch: Batch, device: torch.device, options: Mapping[str, Any]) -> Callable[[], None]:
+def _forward(model: nn.Module, batch: Batch, device: torch.device, options: Mapping[str, Any]) -> Callable[[], Any]:
     """A call that runs one batch, with the `options` that its inputs do not set themselves."""
 
-    def call() -> None:
+    def call() -> Any:
         inputs = {name: tensor.to(device) for name, tensor in batch.inputs.items()}
         with blaming_inputs(model, inputs):
-            model(**{**options, **inputs})
+            return model(**{**options, **inputs})
 
     return call
 

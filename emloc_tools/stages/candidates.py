@@ -16,7 +16,7 @@ from emloc_tools.models.base import open_base
 from emloc_tools.models.layers import describe
 from emloc_tools.models.loading import emulator_class
 from emloc_tools.models.lora import LoraPair, match_module
-from emloc_tools.models.skeleton import build_skeleton, compute_dtype, load_config
+from emloc_tools.models.skeleton import build_skeleton, compute_dtype, load_config, predicts_next_token
 from emloc_tools.models.source import Source
 from emloc_tools.models.weights import ModelWeights
 
@@ -77,10 +77,7 @@ def require_shapes(target: Target, path: Path, pairs: Mapping[str, LoraPair]) ->
 
 
 def _require_causal(architecture: str) -> None:
-    from transformers.models.auto import modeling_auto
-
-    causal = set(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
-    if architecture not in causal:
+    if not predicts_next_token(architecture):
         raise UnsupportedError(
             f"{architecture} does not predict the next token; evaluate works for causal language models"
         )

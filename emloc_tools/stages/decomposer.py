@@ -9,17 +9,18 @@ import torch
 
 from emloc_tools.errors import MismatchError, NumericalError
 from emloc_tools.files.calibration import Calibration
-from emloc_tools.linalg.lowrank import decompose, principal_directions
+from emloc_tools.linalg.lowrank import decompose, output_energies
+from emloc_tools.linalg.weighting import decompose_weighted, loss_energies, sensitivity
 from emloc_tools.models.base import oriented, weight_name
 from emloc_tools.models.weights import ModelWeights
-from emloc_tools.records import Gram, Layer, LowRank, Progress, Step
+from emloc_tools.records import GradientGram, Gram, Layer, LowRank, Progress, Step
 
 
 class Decomposer:
     """Reads a layer's weight and Gram, checks that they belong together, and decomposes.
 
-    Decompositions run in `dtype` on `device`; the factors are to be stored as `stored`. `total` is the number of
-    layers, for the progress.
+    Decompositions run in `dtype` on `device`; the factors are to be stored as `stored`. With `damping` the error of
+    layers that have gradients is weighted by them. `total` is the number of layers, for the progress.
     """
 
     def __init__(
@@ -30,23 +31,36 @@ class Decomposer:
         dtype: torch.dtype,
         stored: torch.dtype,
         progress: Progress,
+        *,
+        damping: float | None = None,
     ) -> None:
         self._weights, self._calibration, self._device = weights, calibration, device
         self._dtype, self._stored = dtype, stored
+        self._damping = damping
         self._progress, self._done = progress, {"ranks": 0, "factors": 0}
+        self.sensitivity: dict[str, float] = {}  # of the weighted layers that were decomposed
 
-    def shares(self, layer: Layer, total: int) -> torch.Tensor:
-        """The parts of the layer's output energy along its principal directions, descending, float64."""
+    def gains(self, layer: Layer, total: int) -> torch.Tensor:
+        """What the layer's directions are worth, descending, float64: to the loss, or as parts of its output energy."""
         with _naming(layer):
-            energies, _ = principal_directions(self._weight(layer), self._gram(layer), dtype=self._dtype)
+            W, gram, gradient = self._weight(layer), self._gram(layer), self._gradient(layer)
+            if gradient is not None and gram is not None and self._damping is not None:
+                energies = loss_energies(W, gram, gradient, damping=self._damping, dtype=self._dtype).cpu()
+            else:
+                energies = output_energies(W, gram, dtype=self._dtype).cpu()
+                energies = energies / energies.sum().clamp(min=torch.finfo(torch.float64).tiny)
         self._report("ranks", total, layer.name)
-        energies = energies.double().cpu()
-        return energies / energies.sum().clamp(min=torch.finfo(torch.float64).tiny)
+        return energies
 
     def decompose(self, layer: Layer, rank: int, total: int) -> LowRank:
         """The layer's factors, which are finite in the dtype that they will be stored in."""
         with _naming(layer):
-            low_rank = decompose(self._weight(layer), rank, self._gram(layer), dtype=self._dtype)
+            W, gram, gradient = self._weight(layer), self._gram(layer), self._gradient(layer)
+            if gradient is not None and gram is not None and self._damping is not None:
+                low_rank = decompose_weighted(W, rank, gram, gradient, damping=self._damping, dtype=self._dtype)
+                self.sensitivity[layer.name] = sensitivity(gram, gradient, layer.out_features)
+            else:
+                low_rank = decompose(W, rank, gram, dtype=self._dtype)
             for factor in (low_rank.U, low_rank.S, low_rank.Vh):
                 if not torch.isfinite(factor.to(self._stored)).all():
                     stored = str(self._stored).removeprefix("torch.")
@@ -68,6 +82,9 @@ class Decomposer:
 
     def _gram(self, layer: Layer) -> Gram | None:
         return None if self._calibration is None else self._calibration.gram(layer.name)
+
+    def _gradient(self, layer: Layer) -> GradientGram | None:
+        return None if self._calibration is None or self._damping is None else self._calibration.gradient(layer.name)
 
     def _report(self, title: str, total: int, detail: str) -> None:
         self._done[title] += 1

@@ -32,7 +32,8 @@ TOKENS_IN_FLIGHT = 65536  # activations of so many tokens are held while the mod
 class Evaluation:
     """One model with at most one adapter: mean loss in nats per target token, and the part predicted rightly.
 
-    `corrected` says whether the adapter is one that `correct` wrote.
+    `exact` is the part of samples whose target tokens are all predicted rightly, each given the right ones before it:
+    for prompts, how often greedy decoding gives the completion. `corrected` says whether the adapter is one that `correct` wrote.
     """
 
     model: str
@@ -40,6 +41,7 @@ class Evaluation:
     corrected: bool
     loss: float
     accuracy: float
+    exact: float
     tokens: int
 
     @property
@@ -125,13 +127,23 @@ class _Sum:
     loss: float = 0.0
     correct: int = 0
     tokens: int = 0
+    exact: int = 0
+    samples: int = 0
 
     def result(self, model: str, adapter: str | None, corrected: bool) -> Evaluation:
         if not self.tokens:
             raise InputError("the data hold no token to predict; samples need at least two tokens")
         if not math.isfinite(self.loss):
             raise NumericalError(f"{model}: the loss is not finite; try --dtype float32")
-        return Evaluation(model, adapter, corrected, self.loss / self.tokens, self.correct / self.tokens, self.tokens)
+        return Evaluation(
+            model,
+            adapter,
+            corrected,
+            loss=self.loss / self.tokens,
+            accuracy=self.correct / self.tokens,
+            exact=self.exact / self.samples,
+            tokens=self.tokens,
+        )
 
 
 def _run(
@@ -204,11 +216,18 @@ def _add(total: _Sum, batch: Batch, logits: torch.Tensor) -> None:
     ids, targets = _targets(batch)
     wanted = targets[:, 1:].to(logits.device)
     rows, labels = logits[:, :-1][wanted], ids[:, 1:].to(logits.device)[wanted]
-    for part, label in zip(torch.split(rows, ROWS_PER_SOFTMAX), torch.split(labels, ROWS_PER_SOFTMAX), strict=True):
-        part = part.float()
-        total.loss += float(F.cross_entropy(part, label, reduction="sum"))
-        total.correct += int((part.argmax(-1) == label).sum())
-        total.tokens += label.numel()
+    hits = torch.empty(len(labels), dtype=torch.bool, device=labels.device)
+    for start in range(0, len(labels), ROWS_PER_SOFTMAX):
+        part = slice(start, start + ROWS_PER_SOFTMAX)
+        total.loss += float(F.cross_entropy(rows[part].float(), labels[part], reduction="sum"))
+        hits[part] = rows[part].argmax(-1) == labels[part]
+    right = torch.zeros_like(wanted)
+    right[wanted] = hits
+    asked = wanted.any(1)
+    total.correct += int(hits.sum())
+    total.tokens += len(labels)
+    total.exact += int(((right == wanted).all(1) & asked).sum())
+    total.samples += int(asked.sum())
 
 
 def _targets(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:

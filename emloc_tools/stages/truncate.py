@@ -113,16 +113,19 @@ def _layer(name: str, record: FactoredLayer) -> Layer:
 def _ranks(larger: Emulator, layers: list[Layer], ratio: float) -> Mapping[str, int]:
     """Ranks at a uniform ratio, never above those there are; a layer that a build would keep dense stays factored."""
     if larger.manifest.allocation == "adaptive":
-        shares = {layer.name: _shares(larger, layer.name) for layer in layers}
-        wanted = adaptive_ranks(layers, shares, ratio)
+        gains = {layer.name: _gains(larger, layer.name) for layer in layers}
+        wanted = adaptive_ranks(layers, gains, ratio)
     else:
         wanted = uniform_ranks(layers, ratio)
     useful = {layer.name: max(1, largest_useful_rank(layer)) for layer in layers}
     return {name: min(record.rank, wanted.get(name, useful[name])) for name, record in larger.layers.items()}
 
 
-def _shares(larger: Emulator, name: str) -> torch.Tensor:
+def _gains(larger: Emulator, name: str) -> torch.Tensor:
+    """What the directions of a layer are worth, as when the emulator was built: S² holds the energies per token."""
     _, S, _ = larger.factors(name)
+    if larger.weighting is not None:
+        return S.double() ** 2 * larger.weighting.sensitivity.get(name, 0.0)
     return S.double() ** 2 / max(larger.layers[name].total_energy, torch.finfo(torch.float64).tiny)
 
 

@@ -52,11 +52,11 @@ def test_factors_and_dense_tensors_are_read_as_they_were_written(
 
 
 def test_a_weighted_emulator_is_read_with_its_weighting_and_an_unweighted_one_has_none(tmp_path: Path) -> None:
-    manifest = save_emulator(tmp_path / "weighted", weighting=Weighting(damping=0.1))
+    manifest = save_emulator(tmp_path / "weighted", weighting=Weighting(damping=0.1, sensitivity={}))
     save_emulator(tmp_path / "plain")
     weighted, plain = Emulator(tmp_path / "weighted"), Emulator(tmp_path / "plain")
     assert weighted.manifest == manifest
-    assert (weighted.weighting, plain.weighting) == (Weighting(damping=0.1), None)
+    assert (weighted.weighting, plain.weighting) == (Weighting(damping=0.1, sensitivity={}), None)
     for ours, theirs in zip(weighted.factors("block.0.up"), plain.factors("block.0.up"), strict=True):
         assert torch.equal(ours, theirs)  # they are used alike
     weighted.close()
@@ -80,14 +80,14 @@ def test_a_weighted_emulator_is_read_with_its_weighting_and_an_unweighted_one_ha
 def test_a_weighting_that_does_not_fit_its_version_is_refused(
     tmp_path: Path, update: Callable[[Any], object], rule: str, field: str
 ) -> None:
-    save_emulator(tmp_path / "e", weighting=Weighting(damping=0.1))
+    save_emulator(tmp_path / "e", weighting=Weighting(damping=0.1, sensitivity={}))
     change(tmp_path / "e" / "emulator.json", update)
     error = refused(tmp_path / "e")
     assert (error.rule, error.field) == (rule, field)
 
 
 def test_a_configuration_of_another_version_than_the_manifest_is_refused(tmp_path: Path) -> None:
-    for name, weighting, other in (("one", None, 2), ("two", Weighting(damping=0.1), 1)):
+    for name, weighting, other in (("one", None, 2), ("two", Weighting(damping=0.1, sensitivity={}), 1)):
         save_emulator(tmp_path / name, weighting=weighting)
         change(tmp_path / name / "config.json", lambda c, other=other: c["emloc"].update(format_version=other))
         error = refused(tmp_path / name)

@@ -39,7 +39,7 @@ def test_the_base_s_configuration_keeps_its_keys_values_and_order(tmp_path: Path
 
 def test_a_weighting_makes_version_2_and_changes_nothing_else_in_the_folder(tmp_path: Path) -> None:
     save_emulator(tmp_path / "plain")
-    save_emulator(tmp_path / "weighted", weighting=Weighting(damping=0.05))
+    save_emulator(tmp_path / "weighted", weighting=Weighting(damping=0.05, sensitivity={}))
     plain, weighted = (
         {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("plain", "weighted")
     )
@@ -51,7 +51,7 @@ def test_a_weighting_makes_version_2_and_changes_nothing_else_in_the_folder(tmp_
     assert [config["emloc"].pop("format_version") for config in configs] == [1, 2]
     assert configs[0] == configs[1]
     assert [manifest.pop("format_version") for manifest in manifests] == [1, 2]
-    assert manifests[1].pop("weighting") == {"damping": 0.05}
+    assert manifests[1].pop("weighting") == {"damping": 0.05, "sensitivity": {}}
     assert manifests[1].pop("calibration") is not None  # there is no gradient without one
     assert manifests[0].pop("calibration") is None
     assert manifests[0] == manifests[1]

@@ -251,9 +251,9 @@ def test_a_file_without_samples_is_refused(content: bytes, source: Source, tmp_p
         load(tmp_path / "data.jsonl", source)
 
 
-def test_a_file_that_is_not_there_is_refused(source: Source, tmp_path: Path) -> None:
-    for path in (tmp_path / "absent.jsonl", tmp_path):
-        with pytest.raises(InputError, match="does not exist; expected JSONL"):
+def test_a_file_that_is_not_there_or_is_a_folder_is_refused(source: Source, tmp_path: Path) -> None:
+    for path, found in ((tmp_path / "absent.jsonl", "does not exist"), (tmp_path, "is a folder")):
+        with pytest.raises(InputError, match=f"{found}; expected JSONL"):
             load(path, source)
 
 

@@ -1,0 +1,87 @@
+"""Accumulates the second moments of the loss gradient while batches stream backward, and the losses they come from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from emloc_tools.errors import InputError, NumericalError, UnsupportedError
+from emloc_tools.files.calibration import GramSpool
+from emloc_tools.linalg.gram import accumulate
+from emloc_tools.models.backward import BackwardLockStep
+from emloc_tools.models.data import Batch
+from emloc_tools.models.gradients import Gradient
+from emloc_tools.models.observe import real_rows
+from emloc_tools.models.skeleton import predicts_next_token
+from emloc_tools.models.units import Unit
+from emloc_tools.records import GradientGram, Loss, Progress, Step
+
+
+class GradientSums:
+    """Sums what `stream` reports of the gradients of real tokens; a finished unit's sums move to the spool."""
+
+    def __init__(
+        self, stream: BackwardLockStep, batches: Sequence[Batch], spool: GramSpool, progress: Progress
+    ) -> None:
+        self._stream, self._batches, self._spool, self._progress = stream, batches, spool, progress
+        self._grams: dict[str, GradientGram] = {}
+        self._done = 0
+        stream.on_gradient = self._add
+        stream.on_backward_unit_done = self._unit_done
+
+    def finish(self) -> None:
+        """Move what is left to the spool."""
+        for layer, gram in self._grams.items():
+            if not torch.isfinite(gram.matrix.diagonal()).all():
+                raise NumericalError(f"the gradients of layer {layer} hold NaN or infinity; try --dtype float32")
+            self._spool.add((layer,), gram)
+        self._grams.clear()
+
+    def _add(self, batch: int, gradient: Gradient) -> None:
+        mask = self._batches[batch].mask
+        rows = real_rows(gradient.rows, mask)
+        squares = real_rows(gradient.squares[..., None], mask)
+        gram = self._grams.get(gradient.layer)
+        if gram is None:
+            G = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float32, device=rows.device)
+            gram = GradientGram(G, gradient.side, 0, 0.0)
+        accumulate(gram.matrix, rows)
+        energy = gram.energy + float(squares.double().sum())
+        self._grams[gradient.layer] = GradientGram(gram.matrix, gram.side, gram.tokens + len(rows), energy)
+
+    def _unit_done(self, unit: Unit) -> None:
+        self.finish()
+        self._done += 1
+        units = len(self._stream.units)
+        self._progress(Step("gradients", min(self._done, units), units, unit.name))
+
+
+def loss_of(batches: Sequence[Batch], architecture: str) -> Loss:
+    """Which loss the batches have. Raises `InputError` or `UnsupportedError` where there is none."""
+    if all(batch.targets is not None for batch in batches):
+        if not predicts_next_token(architecture):
+            raise UnsupportedError(
+                f"{architecture} does not predict the next token, so texts give no loss; for gradients give ready "
+                "model inputs (.safetensors) with labels"
+            )
+        return "next-token"
+    if not all("labels" in batch.inputs for batch in batches):
+        raise InputError("gradients need a loss: the ready model inputs hold no labels (<n>/labels) in every batch")
+    return "model"
+
+
+def batch_loss(batch: Batch, output: Any, model: nn.Module) -> torch.Tensor:
+    """The loss of a batch: cross-entropy in nats summed over target tokens, or what the model itself returns."""
+    if batch.targets is None:
+        loss = output["loss"] if isinstance(output, dict) else output[0]
+        if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+            raise UnsupportedError(f"{type(model).__name__} returns no loss for the labels of the ready inputs")
+        return loss.reshape(())
+    logits, ids = output.logits, batch.inputs["input_ids"]
+    wanted = batch.targets[:, 1:].to(logits.device)
+    labels = ids[:, 1:].to(logits.device)[wanted]
+    return F.cross_entropy(logits[:, :-1][wanted].float(), labels, reduction="sum")

@@ -15,7 +15,7 @@ demo: $(VENV)/.installed ## Run the whole method on this machine (about three mi
 
 test: $(VENV)/.developer lint ## Check everything that CI checks
 	$(BIN)/python -m tests.external.environments
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2
 
 lint: $(VENV)/.developer ## Check style and types
 	$(BIN)/ruff check .

@@ -10,6 +10,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from benchmarks import record
+from benchmarks.transfer import plot
 
 Scores = list[dict[str, Any]]
 Key = tuple[str, str, float | None, str, str]  # base, bed, ratio, kind, variant
@@ -24,6 +25,8 @@ def write(scores: Scores, folder: Path) -> None:
     }
     figures["command"] = f"python -m benchmarks.transfer --folder {folder.name}"
     record.write("transfer", figures, text(figures, table))
+    for base in dict.fromkeys(key[0] for key in table):
+        plot.draw(table, base, record.RESULTS / f"transfer-{base}.svg")
 
 
 KEYS = ("base", "bed", "ratio", "kind", "variant")
@@ -67,29 +70,42 @@ def spread(values: Iterable[float]) -> float:
 
 
 def text(figures: Mapping[str, Any], table: Mapping[Key, Mapping[str, Any]]) -> str:
-    """A table per base and bed, in Markdown."""
+    """A table per base and bed, in Markdown: a row per stand-in and ratio."""
     lines = ["# Transfer", ""]
     for base, bed in dict.fromkeys((key[0], key[1]) for key in table):
-        own = {key: value for key, value in table.items() if key[:2] == (base, bed)}
-        answers = any("exact" in value for value in own.values())
+        own = {key[2:]: value for key, value in table.items() if key[:2] == (base, bed)}
         lines += [f"### Base {base}, bed {bed}", ""]
-        lines += [f"| ratio | stand-in | LoRA on | loss | gain closed |{' exact |' if answers else ''}"]
-        lines += [f"|--:|---|---|--:|--:|{'--:|' if answers else ''}"]
-        for (_, _, ratio, kind, variant), value in sorted(own.items(), key=_order):
-            closed = f"{value['closed']:.0%} ± {value['closed_std']:.0%}" if "closed" in value else ""
-            exact = f" {value['exact']:.0%} |" if "exact" in value else (" |" if answers else "")
-            where = variant if variant.startswith("emulator") or kind == "base" else f"base, {variant}"
-            cells = ["" if ratio is None else f"{ratio:g}", "" if kind == "base" else kind, where]
-            loss = f"{value['loss']:.3f} ± {value['loss_std']:.3f}"
-            lines.append(f"| {' | '.join([*cells, loss, closed])} |{exact}")
+        answers = any("exact" in value for value in own.values())
+        titles = ["ratio", "stand-in", "it, with LoRA", "base, uncorrected", "base, corrected", "gain closed"]
+        titles += ["exact"] if answers else []
+        lines += [f"| {' | '.join(titles)} |", "|--:|---|" + "--:|" * (len(titles) - 2)]
+        for variant in ("zero-shot", "LoRA on the base"):
+            value = own.get((None, "base", variant), {})
+            lines.append(_row(["", variant, "", loss(value), "", part(value)], value, answers))
+        for ratio, kind in sorted({key[:2] for key in own if key[0] is not None}):
+            trained, raw, corrected = (
+                own.get((ratio, kind, variant), {}) for variant in ("emulator with LoRA", "uncorrected", "corrected")
+            )
+            best = corrected or raw
+            cells = [f"{ratio:g}", kind, loss(trained), loss(raw), loss(corrected), part(best)]
+            lines.append(_row(cells, best, answers))
         lines.append("")
     return "\n".join([*lines, record.sentence(figures)]) + "\n"
 
 
-def _order(item: tuple[Key, Mapping[str, Any]]) -> tuple[float, str, int]:
-    _, _, ratio, kind, variant = item[0]
-    variants = ("zero-shot", "LoRA on the base", "emulator", "emulator with LoRA", "uncorrected", "corrected")
-    return (-1.0 if ratio is None else ratio, "" if kind == "base" else kind, variants.index(variant))
+def _row(cells: list[str], value: Mapping[str, Any], answers: bool) -> str:
+    exact = [f"{value['exact']:.0%}" if "exact" in value else ""] if answers else []
+    return f"| {' | '.join([*cells, *exact])} |"
+
+
+def loss(value: Mapping[str, Any]) -> str:
+    """Mean and standard deviation of a loss."""
+    return f"{value['loss']:.3f} ± {value['loss_std']:.3f}" if value else ""
+
+
+def part(value: Mapping[str, Any]) -> str:
+    """Mean and standard deviation of the closed part of the gain."""
+    return f"{value['closed']:.0%} ± {value['closed_std']:.0%}" if "closed" in value else ""
 
 
 def read(path: Path) -> Scores:

@@ -148,7 +148,7 @@ class _Work:
             trainings.append(self._train(None, self._base, "lora-on-base"))
             upper = ["--adapter", "lora-on-base"]
         data = ["--data", "data/train.jsonl", *length]
-        self._stage("calibrate", "calibrate", *base, *data, *precision, "--output", "calibration")
+        self._stage("calibrate", "calibrate", *base, *data, *precision, "--gradients", "--output", "calibration")
         transferred: list[str] = []
         for ratio in ratios:
             emulator, lora, corrected = (f"{kind}-{ratio:g}" for kind in ("emulator", "lora", "corrected"))

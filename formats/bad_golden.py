@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -156,12 +157,20 @@ def _emulator() -> list[Bad]:
 def _adapter() -> list[Bad]:
     config, weights, manifest = "adapter_config.json", "adapter_model.safetensors", "emloc.json"
     trained, patterns, corrected = "ok-trained", "ok-trained-rslora-patterns", "ok-corrected"
+    scaled = "ok-chosen-scaled"
 
     def in_config(rule: str, what: str, field: str, change: Callable[[Any], object], good: str = trained) -> Bad:
         return Bad(rule, what, good, config, field, in_json(config, change))
 
     def in_manifest(rule: str, what: str, field: str, change: Callable[[Any], object]) -> Bad:
         return Bad(rule, what, corrected, manifest, field, in_json(manifest, change))
+
+    def chosen_case(rule: str, what: str, field: str, change: Callable[[Any], object], good: str = scaled) -> Bad:
+        return Bad(rule, what, good, manifest, field, in_json(manifest, change))
+
+    def candidate_case(what: str, number: int, field: str, **values: object) -> Bad:
+        place = f"selection.candidates.{number}{field}"
+        return chosen_case("A14", what, place, lambda m: m["selection"]["candidates"][number].update(values))
 
     unmark = in_header(weights, lambda header: header["__metadata__"].pop("emloc"))
     nested = "rank_pattern.(a+)\\1"
@@ -176,15 +185,26 @@ def _adapter() -> list[Bad]:
         in_config("A6", "alpha-is-true", "lora_alpha", lambda c: c.update(lora_alpha=True)),
         in_config("A6", "back-reference", nested, lambda c: c.update(rank_pattern={"(a+)\\1": 4}), patterns),
         Bad("A7", "not-a-number", corrected, manifest, "", in_bytes(manifest, lambda d: d.replace(b"3.0", b"NaN"))),
+        # Made when version 2 was to come. It still breaks the rule: version 2 has a field of its own.
         in_manifest("A8", "later-version", "format_version", lambda m: m.update(format_version=2)),
+        in_manifest("A8", "version-3", "format_version", lambda m: m.update(format_version=3)),
         in_manifest("A9", "unknown-field", "layers." + Q + ".loss", lambda m: m["layers"][Q].update(loss=0.5)),
+        chosen_case("A9", "selection-in-version-1", "selection", lambda m: m.update(format_version=1)),
+        chosen_case("A9", "loss-of-nothing", "selection.candidates", lambda m: m["selection"].update(candidates=[])),
         Bad("A10", "mark-missing", corrected, manifest, "", unmark),
+        Bad("A10", "mark-of-version-1", scaled, weights, "emloc", _mark_version_1(weights)),
         Bad("A10", "manifest-missing", corrected, weights, "emloc", remove(manifest)),
         Bad("A11", "changed-value", corrected, manifest, f"tensors.{LORA_A}", in_tensor(weights, LORA_A, torch.neg_)),
         in_manifest("A12", "tensor-not-accounted-for", "unchanged.base_model.model.score.weight", _forget_head),
         Bad(
             "A13", "other-alpha", corrected, manifest, f"layers.{Q}", in_json(config, lambda c: c.update(lora_alpha=4))
         ),
+        candidate_case("none-at-a-scale", 0, ".scale", scale=0.5),
+        candidate_case("twice-the-same", 2, "", adapter="trained"),
+        chosen_case("A14", "without-reference", "selection.candidates", lambda m: m["selection"]["candidates"].pop(3)),
+        chosen_case("A15", "chosen-is-none", "selection.chosen", lambda m: m["selection"].update(chosen=0)),
+        chosen_case("A15", "chosen-is-absent", "selection.chosen", lambda m: m["selection"].update(chosen=4)),
+        chosen_case("A16", "corrected-as-trained", f"layers.{Q}", lambda m: m["selection"].update(chosen=1)),
     ]
 
 
@@ -195,6 +215,11 @@ def _as_version_1(field: str) -> Callable[[dict[str, Any]], object]:
 
 def _config_of_version_1(config: dict[str, Any]) -> None:
     config["emloc"]["format_version"] = 1
+
+
+def _mark_version_1(weights: str) -> Damage:
+    mark = json.dumps({"corrected": True, "format_version": 1})
+    return in_header(weights, lambda header: header["__metadata__"].update(emloc=mark))
 
 
 def _offsets(name: str, offsets: list[int]) -> Callable[[dict[str, Any]], object]:

@@ -18,7 +18,16 @@ from emloc_tools.files.adapter import write_adapter
 from emloc_tools.files.calibration import GramEntry, write_calibration
 from emloc_tools.files.emulator_writer import EmulatorWriter
 from emloc_tools.files.folders import write_json
-from emloc_tools.files.manifest import BaseRecord, CalibrationReference, DataRecord, FactoredLayer, MadeBy, Weighting
+from emloc_tools.files.manifest import (
+    BaseRecord,
+    CalibrationReference,
+    Candidate,
+    DataRecord,
+    FactoredLayer,
+    MadeBy,
+    Selection,
+    Weighting,
+)
 from emloc_tools.files.packing import pack_lower
 from emloc_tools.files.tensors import ShardedWriter, TensorSpec, content_hash
 from emloc_tools.records import GradientGram, Loss, Orientation, Side
@@ -29,6 +38,15 @@ TOKENS = 12
 MODELING = '"""In a real emulator: the model class with low-rank layers. No reader of the format runs it."""\n'
 LARGE = 1 << 40  # bytes; one shard
 ROOT = (0.5, 0.5, 1.0, 0.5, 1.0, 0.5, 1.0, 2.0)  # R, diagonal, of a weighted layer with 8 outputs: the mean of R² is 1
+
+# adapter, scale, loss per token, and its standard errors: by itself, and of the differences from the first and the last
+MEASURED = (
+    ("none", 0.0, 3.25, 0.25, 0.0, 0.125),
+    ("trained", 0.5, 3.0, 0.25, 0.0625, 0.03125),
+    ("corrected", 0.5, 3.125, 0.25, 0.0625, 0.03125),
+    ("corrected", 1.0, 3.5, 0.25, 0.125, 0.0),
+)
+CANDIDATES = [Candidate.model_validate(dict(zip(Candidate.model_fields, row, strict=True))) for row in MEASURED]
 
 Layers = Mapping[str, tuple[int, int, Orientation]]
 RankedLayers = Mapping[str, tuple[int, int, Orientation, int]]
@@ -197,17 +215,28 @@ def emulator(
 
 
 def adapter(
-    folder: Path, ranks: Mapping[str, int], config: Mapping[str, Any], *, dtype: torch.dtype, corrected: bool = False
+    folder: Path,
+    ranks: Mapping[str, int],
+    config: Mapping[str, Any],
+    *,
+    dtype: torch.dtype,
+    corrected: bool = False,
+    chosen: int | None = None,
 ) -> None:
-    """LoRA pairs of 8 x 4 layers of the given ranks, and a head that was trained as a whole (`modules_to_save`)."""
+    """LoRA pairs of 8 x 4 layers of the given ranks, and a head that was trained as a whole (`modules_to_save`).
+
+    `chosen` is the place of the LoRA in `CANDIDATES` that was written, if it was chosen among them; then there is no
+    such head.
+    """
     folder.mkdir(parents=True)
-    tensors = {"base_model.model.score.weight": values(3, 2, 4).to(dtype)}
+    head = {"base_model.model.score.weight": values(3, 2, 4).to(dtype)} if chosen is None else {}
+    tensors, scale = dict(head), 1.0 if chosen is None else CANDIDATES[chosen].scale
     for index, (module, rank) in enumerate(ranks.items()):
         tensors[f"base_model.model.{module}.lora_A.weight"] = values(20 + index, rank, 4).to(dtype)
-        tensors[f"base_model.model.{module}.lora_B.weight"] = values(40 + index, 8, rank).to(dtype)
+        tensors[f"base_model.model.{module}.lora_B.weight"] = (scale * values(40 + index, 8, rank)).to(dtype)
     full = {
         "peft_type": "LORA",
-        "task_type": "SEQ_CLS",
+        "task_type": "SEQ_CLS" if head else "CAUSAL_LM",
         "base_model_name_or_path": "example/tiny-llama" if corrected else "outputs/emulator",
         "revision": REVISION if corrected else None,
         "r": 2,
@@ -216,7 +245,7 @@ def adapter(
         "rank_pattern": {},
         "alpha_pattern": {},
         "target_modules": sorted({module.rpartition(".")[2] for module in ranks}),
-        "modules_to_save": ["score"],
+        "modules_to_save": ["score"] if head else None,
         "bias": "none",
         **config,
     }
@@ -228,16 +257,19 @@ def adapter(
         writer.finish()
         write_json(folder / "adapter_config.json", full)
         return
-    first, *others = ranks
+    uncorrected = chosen is not None and CANDIDATES[chosen].adapter == "trained"
+    layers, others = ([], list(ranks)) if uncorrected else (list(ranks)[:1], list(ranks)[1:])
     report = {"rank": 2, "scaling": 1.5, "directions": 2, "clamped": 0, "delta_norm": 0.25, "update_norm": 1.5}
     fields = {
         "made_by": MADE_BY,
-        "base": base("LlamaForSequenceClassification"),
+        "base": base("LlamaForSequenceClassification" if head else "LlamaForCausalLM"),
         "emulator": content_hash(values(5, 4)),
         "trained_adapter": content_hash(values(6, 4)),
         "clamp": 3.0,
-        "layers": {first: report},
-        "unchanged": ["base_model.model.score.weight"]
+        "layers": dict.fromkeys(layers, report),
+        "unchanged": list(head)
         + [f"base_model.model.{module}.lora_{side}.weight" for module in others for side in "AB"],
     }
-    write_adapter(folder, full, tensors, fields=fields)
+    data = DataRecord(file="heldout.jsonl", hash=content_hash(values(7, 4)), samples=2, tokens=8, max_length=16, seed=0)
+    selection = None if chosen is None else Selection(data=data, candidates=CANDIDATES, chosen=chosen)
+    write_adapter(folder, full, tensors, fields=fields, selection=selection)

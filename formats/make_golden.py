@@ -55,6 +55,8 @@ def make(root: Path) -> None:
     adapter(folder / "ok-trained", modules, {}, dtype=torch.bfloat16)
     adapter(folder / "ok-trained-rslora-patterns", {**modules, list(modules)[1]: 4}, patterns, dtype=torch.float32)
     adapter(folder / "ok-corrected", modules, {}, dtype=torch.float16, corrected=True)
+    for name, place in (("ok-chosen-as-trained", 1), ("ok-chosen-scaled", 2)):
+        adapter(folder / name, modules, {}, dtype=torch.bfloat16, corrected=True, chosen=place)
 
     for name in ("calibration", "emulator", "adapter"):
         golden, expected = root / name / "golden", {}

@@ -8,13 +8,21 @@ from typing import Any, Union
 
 from pydantic import TypeAdapter
 
-from emloc_tools.files.manifest import AdapterManifest, CalibrationV1, CalibrationV2, EmulatorV1, EmulatorV2, Strict
+from emloc_tools.files.manifest import (
+    AdapterV1,
+    AdapterV2,
+    CalibrationV1,
+    CalibrationV2,
+    EmulatorV1,
+    EmulatorV2,
+    Strict,
+)
 
 # The models of the versions 1, 2, … of each format.
 MODELS: dict[str, tuple[type[Strict], ...]] = {
     "calibration": (CalibrationV1, CalibrationV2),
     "emulator": (EmulatorV1, EmulatorV2),
-    "adapter": (AdapterManifest,),
+    "adapter": (AdapterV1, AdapterV2),
 }
 
 

@@ -17,7 +17,7 @@ import xxhash
 from emloc_tools.errors import FormatError, UnsupportedError
 from emloc_tools.files.folders import write_json
 from emloc_tools.files.json_files import parse_object, read_json
-from emloc_tools.files.manifest import AdapterManifest, manifest_dict
+from emloc_tools.files.manifest import AdapterManifest, AdapterV1, AdapterV2, Selection, manifest_dict
 from emloc_tools.files.manifest_reader import read_manifest
 from emloc_tools.files.opening import file_inside, path_inside
 from emloc_tools.files.patterns import ModulePattern
@@ -66,7 +66,7 @@ class Adapter:
 
     @property
     def corrected(self) -> bool:
-        """Whether emloc-tools already corrected this adapter."""
+        """Whether `correct` wrote this adapter, so that it belongs to the base."""
         return self.manifest is not None
 
     @property
@@ -178,7 +178,8 @@ class Adapter:
             if mark is not None:
                 raise FormatError("A10", self.weights_path, MARK, f"marks a corrected adapter, but {MANIFEST} is gone")
             return None
-        manifest, _ = read_manifest(path, (AdapterManifest,), rules=("A7", "A8", "A9"))
+        manifest: AdapterManifest
+        manifest, _ = read_manifest(path, (AdapterV1, AdapterV2), rules=("A7", "A8", "A9"))
         if mark is None:
             raise FormatError("A10", path, "", "describes a corrected adapter, but the weights carry no mark of it")
         if not _is_mark(mark, manifest.format_version):
@@ -187,6 +188,8 @@ class Adapter:
             if name not in self.tensors or content_hash(self.tensors.read(name)) != manifest.tensors.get(name):
                 raise FormatError("A11", path, f"tensors.{name}", "is not what was written; the weights were changed")
         self._check_layers(path, manifest)
+        if isinstance(manifest, AdapterV2):
+            _check_selection(path, manifest)
         return manifest
 
     def _check_layers(self, path: Path, manifest: AdapterManifest) -> None:
@@ -205,6 +208,26 @@ class Adapter:
             if record.rank != keys.rank or not math.isclose(record.scaling, keys.scaling, rel_tol=1e-12):
                 message = f"says rank {record.rank}, scaling {record.scaling}; {CONFIG} {keys.rank}, {keys.scaling}"
                 raise FormatError("A13", path, f"layers.{module}", message)
+
+
+def _check_selection(path: Path, manifest: AdapterV2) -> None:
+    """The table must hold what its standard errors refer to, and name a candidate that fits what is stored."""
+    candidates, chosen = manifest.selection.candidates, manifest.selection.chosen
+    keys = [(candidate.adapter, candidate.scale) for candidate in candidates]
+    place = "selection.candidates"
+    for number, (adapter, scale) in enumerate(keys):
+        if (adapter == "none") != (scale == 0):
+            raise FormatError("A14", path, f"{place}.{number}.scale", f"is {scale:g} with the adapter {adapter!r}")
+        if keys.index((adapter, scale)) != number:
+            raise FormatError("A14", path, f"{place}.{number}", f"says {adapter} at scale {scale:g} once more")
+    for adapter, scale in (("none", 0.0), ("corrected", 1.0)):
+        if (adapter, scale) not in keys:
+            raise FormatError("A14", path, place, f"lacks the adapter {adapter!r} at scale {scale:g}")
+    if chosen >= len(keys) or keys[chosen][0] == "none":
+        raise FormatError("A15", path, "selection.chosen", f"is {chosen}, which is no candidate with a LoRA")
+    if keys[chosen][0] == "trained" and manifest.layers:
+        message = "is corrected, but the chosen candidate is the LoRA as it was trained"
+        raise FormatError("A16", path, f"layers.{min(manifest.layers)}", message)
 
 
 def _mark(version: int) -> str:
@@ -227,10 +250,15 @@ def write_adapter(
     tensors: Mapping[str, torch.Tensor],
     *,
     fields: Mapping[str, Any],
+    selection: Selection | None = None,
 ) -> AdapterManifest:
-    """Write a corrected adapter: PEFT's two files and `emloc.json`. `fields` are the manifest's other fields."""
+    """Write a corrected adapter: PEFT's two files and `emloc.json`. `fields` are the manifest's other fields.
+
+    The version is 2 with a `selection`, else 1.
+    """
+    model: type[AdapterV1 | AdapterV2] = AdapterV1 if selection is None else AdapterV2
     specs = [TensorSpec(name, tensors[name].dtype, tuple(tensors[name].shape)) for name in sorted(tensors)]
-    metadata = {"format": "pt", MARK: _mark(AdapterManifest.model_fields["format_version"].default)}
+    metadata = {"format": "pt", MARK: _mark(model.model_fields["format_version"].default)}
     writer = ShardedWriter(folder, "adapter_model", specs, max_shard_size=1 << 62, metadata=metadata)
     try:
         for spec in specs:
@@ -238,7 +266,8 @@ def write_adapter(
         writer.finish()
     finally:
         writer.close()
-    manifest = AdapterManifest.model_validate({**fields, "tensors": writer.hashes})
+    chosen = {} if selection is None else {"selection": selection}
+    manifest = model.model_validate({**fields, "tensors": writer.hashes, **chosen})
     write_json(folder / CONFIG, config)
     write_json(folder / MANIFEST, manifest_dict(manifest))
     return manifest

@@ -217,11 +217,38 @@ class CorrectedLayer(Strict):
     update_norm: Magnitude
 
 
+class Candidate(Strict):
+    """What the base lost per token of the held-out samples with one LoRA: `adapter` with every B times `scale`.
+
+    `trained` is the LoRA as it was trained, `none` the base by itself. `standard_error` is that of `loss`; the other
+    two are those of its difference from the loss with no LoRA and with the corrected one at scale 1, over the same
+    samples.
+    """
+
+    adapter: Literal["none", "trained", "corrected"]
+    scale: Magnitude
+    loss: Magnitude
+    standard_error: Magnitude
+    standard_error_to_none: Magnitude
+    standard_error_to_corrected: Magnitude
+
+
+class Selection(Strict):
+    """How a LoRA was chosen by held-out loss. `chosen` is the place of the stored one in `candidates`.
+
+    `data` counts the tokens that were predicted, and the samples that hold any.
+    """
+
+    data: DataRecord
+    candidates: Annotated[list[Candidate], Field(min_length=1)]
+    chosen: Amount
+
+
 class AdapterManifest(Strict):
-    """`emloc.json` of a corrected adapter."""
+    """What the versions of `emloc.json` have in common."""
 
     format: Literal["emloc-adapter"] = "emloc-adapter"
-    format_version: Literal[1] = 1
+    format_version: int
     made_by: MadeBy
     base: BaseRecord
     emulator: Hash
@@ -230,6 +257,19 @@ class AdapterManifest(Strict):
     layers: dict[Name, CorrectedLayer]
     unchanged: list[str]
     tensors: dict[Name, Hash]
+
+
+class AdapterV1(AdapterManifest):
+    """`emloc.json` of a corrected adapter."""
+
+    format_version: Literal[1] = 1
+
+
+class AdapterV2(AdapterManifest):
+    """`emloc.json` of an adapter that was chosen by held-out loss, corrected or not."""
+
+    format_version: Literal[2] = 2
+    selection: Selection
 
 
 def made_by(command: str) -> MadeBy:

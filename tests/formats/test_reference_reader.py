@@ -92,10 +92,10 @@ def test_the_good_calibrations_hold_gradients_of_both_sides_and_layers_without()
     assert len(layers) < len(found) < 2 * len(layers)
 
 
-@pytest.mark.parametrize("kind", ["calibration", "emulator"])
-def test_a_later_version_is_refused_by_name(kind: str) -> None:
-    folder = golden(kind, f"bad-{kind[0].upper()}2-version-3")
-    read = {"calibration": reference_reader.read_calibration, "emulator": reference_reader.read_emulator}[kind]
+@pytest.mark.parametrize(("kind", "rule"), [("calibration", "C2"), ("emulator", "E2"), ("adapter", "A8")])
+def test_a_later_version_is_refused_by_name(kind: str, rule: str) -> None:
+    folder = golden(kind, f"bad-{rule}-version-3")
+    read = getattr(reference_reader, f"read_{kind}")
     with pytest.raises(SystemExit, match=rf"is emloc-{kind} 3; this program reads emloc-{kind} up to 2"):
         read(folder)
 

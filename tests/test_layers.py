@@ -25,7 +25,19 @@ ROOMS: dict[str, set[str]] = {
     "__main__": {"cli"},
 }
 # A stage never runs another stage; these modules of the room are no stages and serve several of them.
-HELPERS_OF_STAGES = {"budget", "candidates", "decomposer", "gradient_sums", "gram_sums", "refusals"}
+HELPERS_OF_STAGES = {
+    "budget",
+    "candidates",
+    "corrector",
+    "decomposer",
+    "gradient_sums",
+    "gram_sums",
+    "merge_checks",
+    "merge_plan",
+    "refusals",
+    "scoring",
+    "selection",
+}
 
 
 def room_of(path: Path) -> str:

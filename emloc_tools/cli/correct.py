@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from emloc_tools.cli import options
+from emloc_tools.errors import EmlocError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -15,12 +17,19 @@ if TYPE_CHECKING:
     from emloc_tools.stages.correct import CorrectionResult
 
 ROWS = 12  # pairs shown; `inspect` shows all
+OF_DATA = ("select", "samples", "max_length", "batch_size", "seed", "dtype")  # options without a meaning but for --data
 
 EXAMPLE = """Example:
 
 \b
   emloc-tools correct --emulator emulator --adapter lora \\
       --base meta-llama/Llama-3.1-8B --output corrected
+
+Choose by the loss on samples that the LoRA was not trained on:
+
+\b
+  emloc-tools correct --emulator emulator --adapter lora --select \\
+      --base meta-llama/Llama-3.1-8B --data heldout.jsonl --output corrected
 """
 
 
@@ -35,19 +44,44 @@ EXAMPLE = """Example:
     metavar="NUMBER|none",
     help="Largest correction of a direction, relative to its update; none for no limit.",
 )
-@options.device_option("cpu")
+@click.option(
+    "--data",
+    type=options.FILE,
+    help="Held-out samples, as for evaluate: measure the base on them without a LoRA, with the uncorrected and with "
+    "the corrected one. The LoRA must not have been trained on them, which nothing can check.",
+)
+@click.option(
+    "--select",
+    is_flag=True,
+    help="Choose by the loss on --data: the LoRA corrected or not, at a scale of 0.25 to 1.25. Exits with status 1 and "
+    "writes nothing if the base is better without.",
+)
+@click.option("--samples", type=click.IntRange(min=2), help="How many of --data to use.  [default: all]")
+@click.option("--max-length", type=click.IntRange(min=2), default=2048, show_default=True, help="Tokens per sample.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=1, show_default=True, help="Samples per batch.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Chooses the samples.")
+@options.device_options("cpu", "Precision of the base on --data.  [default: that of the model]")
 @click.option("--dry-run", is_flag=True, help="Report what would be corrected and write nothing.")
 @click.option("--output", type=options.FOLDER, help="Folder to write; needed unless --dry-run.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing output of emloc-tools.")
 @options.report_options
+@click.pass_context
 def correct(
+    ctx: click.Context,
     emulator: Path,
     adapter: Path,
     base: str,
     revision: str | None,
     trust_remote_code: bool,
     clamp: str,
+    data: Path | None,
+    select: bool,
+    samples: int | None,
+    max_length: int,
+    batch_size: int,
+    seed: int,
     device: str,
+    dtype: str,
     dry_run: bool,
     output: Path | None,
     overwrite: bool,
@@ -56,13 +90,18 @@ def correct(
 ) -> None:
     """Fit a LoRA trained on an emulator to its base.
 
-    Reads only the weights that the LoRA touches. The result loads with PEFT, merges and is served as any other.
+    Reads only the weights that the LoRA touches. The result loads with PEFT, merges and is served as any other. With
+    --data it also shows what the LoRA is worth: the base runs once, block by block, and may be larger than memory.
     """
-    from emloc_tools.cli import console
+    from emloc_tools.cli import console, heldout
     from emloc_tools.stages.correct import correct as run
 
     if output is None and not dry_run:
         raise click.UsageError("Missing option '--output' (or pass --dry-run).")
+    if data is None:
+        for name in OF_DATA:
+            if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+                raise click.UsageError(f"Option '--{name.replace('_', '-')}' needs '--data'.")
     with console.progress(hidden=quiet) as progress:
         result = run(
             emulator=emulator,
@@ -71,13 +110,25 @@ def correct(
             revision=revision,
             trust_remote_code=trust_remote_code,
             clamp=_clamp(clamp),
+            data=data,
+            select=select,
+            samples=samples,
+            max_length=max_length,
+            batch_size=batch_size,
+            seed=seed,
+            dtype=dtype,
             device=device,
             output=None if dry_run else output,
             overwrite=overwrite,
             command=options.command_line(),
             progress=progress,
         )
-    console.emit(result, as_json=as_json, quiet=quiet, draw=lambda out: _draw(out, result, base))
+    console.emit(result, as_json=as_json, quiet=quiet, draw=lambda out: _draw(out, result, base, dry_run))
+    if result.heldout is not None:
+        for message in heldout.warnings(result.heldout):
+            console.warn(message, hidden=quiet)
+        if result.heldout.none_wins:
+            raise EmlocError(heldout.refusal(result.heldout))
 
 
 def _clamp(value: str) -> float | None:
@@ -89,8 +140,8 @@ def _clamp(value: str) -> float | None:
         raise click.BadParameter(f"{value!r} is neither a number nor none", param_hint="--clamp") from None
 
 
-def _draw(out: Console, result: CorrectionResult, base: str) -> None:
-    from emloc_tools.cli import console
+def _draw(out: Console, result: CorrectionResult, base: str, dry_run: bool) -> None:
+    from emloc_tools.cli import console, heldout
 
     layers = result.layers
     clamped = sum(layer.clamped for layer in layers.values())
@@ -99,12 +150,27 @@ def _draw(out: Console, result: CorrectionResult, base: str) -> None:
         ("corrected", f"{len(layers)} LoRA pairs, {directions} directions, {clamped} of them clamped"),
     ]
     if result.unchanged:
-        rows.append(("passed on", f"{len(result.unchanged)} tensors of layers that the emulator keeps dense"))
-    if result.output is not None:
-        evaluate = ("evaluate", "--base", base, "--adapter", result.output, "--data", "HELDOUT.jsonl")
+        why = "layers that the emulator keeps dense" if layers else "the LoRA as it was trained"
+        rows.append(("passed on", f"{len(result.unchanged)} tensors of {why}"))
+    winner = result.heldout.winner if result.heldout is not None else None
+    if winner is not None and winner.scale:
+        rows.append(("chosen", f"the {winner.adapter} LoRA, its B times {winner.scale:g}"))
+    if result.output is not None and (result.heldout is None or winner is not None):
+        data = "HELDOUT.jsonl" if winner is None else "TEST.jsonl"  # a chosen one looks too good where it was chosen
+        evaluate = ("evaluate", "--base", base, "--adapter", result.output, "--data", data)
         rows.append(("next", console.Verbatim(options.runnable(*evaluate))))
-    title = f"Corrected LoRA in {result.output}" if result.output else "Dry run: nothing was written"
-    console.facts(out, title, rows)
+    nothing = "Dry run: nothing was written" if dry_run else "Nothing was written"
+    console.facts(out, f"Corrected LoRA in {result.output}" if result.output else nothing, rows)
+    if result.heldout is not None:
+        out.print()
+        heldout.draw(out, result.heldout)
+    _draw_layers(out, result)
+
+
+def _draw_layers(out: Console, result: CorrectionResult) -> None:
+    from emloc_tools.cli import console
+
+    layers = result.layers
     sizes = {name: layer.delta_norm / layer.update_norm for name, layer in layers.items() if layer.update_norm}
     largest = sorted(sizes, key=lambda name: -sizes[name])[:ROWS]
     if not largest:

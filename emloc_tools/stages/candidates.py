@@ -1,4 +1,4 @@
-"""The models and adapters that `evaluate` compares, opened and checked before any of them runs."""
+"""The models and adapters whose losses are compared, opened and checked before any of them runs."""
 
 from __future__ import annotations
 
@@ -56,7 +56,8 @@ def load_pairs(adapter: Adapter) -> dict[str, LoraPair]:
     """The pairs of an adapter by module. Raises `UnsupportedError` if it holds anything else."""
     if adapter.other_tensors:
         raise UnsupportedError(
-            f"{adapter.folder} holds {adapter.other_tensors[0]} beside LoRA pairs, which evaluate cannot apply"
+            f"{adapter.folder} holds {adapter.other_tensors[0]} beside LoRA pairs; "
+            "losses cannot be measured with modules_to_save yet"
         )
     return {module: LoraPair(*adapter.pair(module), keys.scaling) for module, keys in adapter.loras.items()}
 
@@ -79,5 +80,5 @@ def require_shapes(target: Target, path: Path, pairs: Mapping[str, LoraPair]) ->
 def _require_causal(architecture: str) -> None:
     if not predicts_next_token(architecture):
         raise UnsupportedError(
-            f"{architecture} does not predict the next token; evaluate works for causal language models"
+            f"{architecture} does not predict the next token; losses are measured for causal language models alone"
         )

@@ -1,38 +1,94 @@
-"""correct: turn a LoRA that was trained on an emulator into one for the base."""
+"""correct: turn a LoRA that was trained on an emulator into one for the base, and measure what it is worth there."""
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from emloc_tools.errors import InputError, MismatchError, NumericalError, UnsupportedError
+from emloc_tools.errors import InputError, MismatchError
 from emloc_tools.files.adapter import CONFIG as ADAPTER
-from emloc_tools.files.adapter import PREFIX, Adapter, write_adapter
-from emloc_tools.files.emulator import FACTORS, Emulator
+from emloc_tools.files.adapter import Adapter, write_adapter
 from emloc_tools.files.emulator import MANIFEST as EMULATOR
+from emloc_tools.files.emulator import Emulator
 from emloc_tools.files.folders import check_output, new_folder
-from emloc_tools.files.manifest import BaseRecord, CorrectedLayer, made_by
-from emloc_tools.files.tensors import content_hash
-from emloc_tools.linalg.correction import CLAMP, Correction, correct_lora
-from emloc_tools.models.base import BaseModel, choose_device, open_base, oriented
-from emloc_tools.models.lora import match_module
-from emloc_tools.records import Layer, Progress, Step, silent
-from emloc_tools.stages.refusals import require_apart, require_artifact, require_original, require_plain_lora
+from emloc_tools.files.manifest import (
+    BaseRecord,
+    Candidate,
+    CorrectedLayer,
+    DataRecord,
+    Selection,
+    file_hash,
+    made_by,
+)
+from emloc_tools.linalg.correction import CLAMP
+from emloc_tools.models.base import choose_device, open_base
+from emloc_tools.models.data import Batch, load_batches
+from emloc_tools.models.lora import LoraPair
+from emloc_tools.records import Progress, Step, silent
+from emloc_tools.stages.candidates import Target, load_pairs, open_base_target, require_shapes
+from emloc_tools.stages.corrector import Corrector, refuse_saved_factors, require_same_architecture
+from emloc_tools.stages.refusals import (
+    blaming_inputs,
+    require_apart,
+    require_artifact,
+    require_original,
+    require_plain_lora,
+)
+from emloc_tools.stages.scoring import score, target_counts
+from emloc_tools.stages.selection import LEAST_SAMPLES, NONE, SCALES, Tried, candidates, choose, scaled, table
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What the base makes of held-out samples without a LoRA and with several.
+
+    `data` counts the predicted tokens and the samples that hold any. `chosen` is a place in `candidates`, and None
+    where nothing was to be chosen; it is that of `none` where no LoRA helps.
+    """
+
+    data: DataRecord
+    candidates: list[Candidate]
+    chosen: int | None
+
+    @property
+    def winner(self) -> Tried | None:
+        """What was chosen, if anything was to be."""
+        if self.chosen is None:
+            return None
+        candidate = self.candidates[self.chosen]
+        return Tried(candidate.adapter, candidate.scale)
+
+    @property
+    def none_wins(self) -> bool:
+        """Whether a choice was made, and fell on no LoRA at all."""
+        return self.winner == NONE
+
+    @property
+    def selection(self) -> Selection | None:
+        """The record of the choice in the manifest, if one was made."""
+        if self.chosen is None:
+            return None
+        return Selection(data=self.data, candidates=self.candidates, chosen=self.chosen)
 
 
 @dataclass(frozen=True)
 class CorrectionResult:
-    """What the correction did, per layer. `output` is None for a dry run."""
+    """What the correction did, per layer, and the held-out losses where they were measured.
+
+    `output` is None if nothing was written: for a dry run, and where a choice fell on no LoRA at all. If it fell on
+    the LoRA as it was trained, `layers` is empty.
+    """
 
     output: Path | None
     layers: dict[str, CorrectedLayer]
     unchanged: list[str]
+    heldout: HeldOut | None
 
 
 def correct(
@@ -43,6 +99,13 @@ def correct(
     output: Path | None,
     revision: str | None = None,
     clamp: float | None = CLAMP,
+    data: Path | None = None,
+    select: bool = False,
+    samples: int | None = None,
+    max_length: int | None = 2048,
+    batch_size: int = 1,
+    seed: int = 0,
+    dtype: str = "auto",
     device: str = "cpu",
     trust_remote_code: bool = False,
     overwrite: bool = False,
@@ -54,8 +117,15 @@ def correct(
     Reads the weights that the adapter touches, one at a time. The input is not changed; rank, scaling and dtype stay.
     LoRA pairs on layers that the emulator kept dense, and tensors of `modules_to_save`, are passed on as they are.
 
+    With `data` the base is measured on these samples, which the LoRA must not have been trained on, with no adapter,
+    the trained and the corrected one; in one pass over its weights, in `dtype`. With `select` the scales of
+    `selection.SCALES` are tried, too, and what is written is chosen by the rule in `stages/selection.py`; its scale is
+    multiplied into B. If no adapter at all is chosen, nothing is written: one that does nothing serves nobody, and the
+    corrected one, which is worse than nothing here, is to be had without `select`.
+
     Raises `MismatchError` for a base or an adapter that does not belong to the emulator or is corrected already,
-    `UnsupportedError` for kinds of adapters that cannot be corrected, `NumericalError` for NaN or infinity.
+    `UnsupportedError` for kinds of adapters that cannot be corrected, or, with `data`, not be measured, and for models
+    that do not predict the next token; `NumericalError` for NaN or infinity, `InputError` for unusable data.
     """
     require_original(base)
     require_artifact(emulator, EMULATOR, "an emulator")
@@ -65,6 +135,8 @@ def correct(
         check_output(output, overwrite=overwrite)
     if clamp is not None and not 0 < clamp < math.inf:
         raise InputError(f"--clamp {clamp:g} must be a number above 0, such as {CLAMP:g}, or none for no limit")
+    if select and data is None:
+        raise InputError("--select needs --data: samples that the LoRA was not trained on")
     device = choose_device(device)
     with contextlib.ExitStack() as stack:
         trained = stack.enter_context(contextlib.closing(Adapter(adapter)))
@@ -72,23 +144,45 @@ def correct(
             raise MismatchError(f"the adapter in {adapter} is corrected already; use it with its base as it is")
         bundle = stack.enter_context(contextlib.closing(Emulator(emulator)))
         require_plain_lora(trained)
-        _refuse_saved_factors(trained, bundle)
+        refuse_saved_factors(trained, bundle)
+        pairs = {} if data is None else load_pairs(trained)
         opened = open_base(base, revision=revision, trust_remote_code=trust_remote_code)
         stack.enter_context(opened.tensors)
-        _same_architecture(opened.architecture, bundle, base)
-        pairs = _Pairs(trained, bundle, opened, clamp, device)
+        require_same_architecture(opened.architecture, bundle, base)
+        corrector = Corrector(trained, bundle, opened, clamp, device)
+        trial = None
+        if data is not None:  # everything is checked before the first weight is read
+            target = open_base_target(base, opened.source.revision or revision, dtype, trust_remote_code)
+            stack.enter_context(target.tensors)
+            batches = load_batches(
+                data,
+                target.source,
+                samples=samples,
+                max_length=max_length,
+                batch_size=batch_size,
+                seed=seed,
+                trust_remote_code=trust_remote_code,
+            )
+            trial = _Trial(trained, pairs, target, data, batches, max_length, seed)
         tensors: dict[str, torch.Tensor] = {}
         records: dict[str, CorrectedLayer] = {}
         for number, (module, keys) in enumerate(trained.loras.items(), 1):
-            corrected = pairs.correct(module)
+            corrected = corrector.correct(module)
             if corrected is not None:
-                for key, tensor in ((keys.A, corrected.A), (keys.B, corrected.B)):
-                    tensors[key] = _stored(trained, module, key, tensor)
-                records[module] = _record(trained, module, corrected)
+                tensors |= {keys.A: corrected.A, keys.B: corrected.B}
+                records[module] = corrected.record
             progress(Step("correct", number, len(trained.loras), module))
+        heldout = None if trial is None else trial.run(tensors, select=select, device=device, progress=progress)
+        chosen = heldout.winner if heldout is not None else None
+        if chosen is not None and chosen.adapter == "trained":
+            tensors, records = {}, {}
         unchanged = [key for key in trained.tensors.names() if key not in tensors]
+        if chosen == NONE:
+            output = None
         if output is not None:
             tensors |= {key: trained.read(key) for key in unchanged}
+            if chosen is not None:
+                tensors |= corrector.scaled(tensors, chosen.scale)
             folder = stack.enter_context(new_folder(output, overwrite=overwrite))
             write_adapter(
                 folder,
@@ -103,99 +197,66 @@ def correct(
                     "layers": records,
                     "unchanged": unchanged,
                 },
+                selection=heldout.selection if heldout is not None else None,
             )
-    return CorrectionResult(output, records, unchanged)
+    return CorrectionResult(output, records, unchanged, heldout)
 
 
-class _Pairs:
-    """Corrects one LoRA pair at a time, after checking that its module has the weight the emulator was made from."""
+class _Trial:
+    """The base with held-out samples, on which the trained and the corrected adapter are to be compared.
 
-    def __init__(self, trained: Adapter, bundle: Emulator, opened: BaseModel, clamp: float | None, device: str) -> None:
-        self._trained, self._bundle, self._base_id = trained, bundle, opened.source.id
-        self._clamp, self._device = clamp, device
-        modules = {name for name, module in opened.model.named_modules() if hasattr(module, "weight")}
-        self._names = {module: self._find(module, modules) for module in trained.loras}
-        self._weights = opened.weights([_layer(bundle, name) for name in self._names.values() if name in bundle.layers])
+    `pairs` are the trained ones. Raises `MismatchError` for pairs of other shapes, `InputError` for too few samples.
+    """
 
-    def correct(self, module: str) -> Correction | None:
-        """The corrected pair of an adapted module; None where the emulator has the base's own weight."""
-        name = self._names[module]
-        stored = self._weights.source_of[f"{name}.weight"]
-        W = self._weights.load([stored])[stored]
-        if name not in self._bundle.layers:
-            self._require(content_hash(W) == self._bundle.manifest.tensors.get(stored), stored)
-            return None
-        self._require(self._weights.hashes[stored] == self._bundle.layers[name].weight_hash, stored)
-        layer = _layer(self._bundle, name)
-        A, B = (tensor.to(self._device) for tensor in self._trained.pair(module))
-        if (A.shape[1], B.shape[0]) != (layer.in_features, layer.out_features):
-            raise MismatchError(
-                f"the LoRA pair of {module} is for {B.shape[0]} x {A.shape[1]}, the emulator's layer is "
-                f"{layer.out_features} x {layer.in_features}; the adapter was trained on another model"
+    def __init__(
+        self,
+        trained: Adapter,
+        pairs: Mapping[str, LoraPair],
+        target: Target,
+        data: Path,
+        batches: Sequence[Batch],
+        max_length: int | None,
+        seed: int,
+    ) -> None:
+        self._trained, self._pairs, self._target, self._batches = trained, pairs, target, batches
+        require_shapes(target, trained.folder, pairs)
+        counts = target_counts(batches)
+        samples = int((counts > 0).sum())
+        if samples < LEAST_SAMPLES:
+            raise InputError(
+                f"{data} gives {samples} sample with a token to predict; a comparison needs at least {LEAST_SAMPLES}, "
+                "and some hundreds to tell small differences"
             )
-        scaling, factors = self._trained.loras[module].scaling, self._bundle.factors(name)
-        try:
-            return correct_lora(A, B, scaling, oriented(layer, W), *factors, clamp=self._clamp)
-        except NumericalError as error:
-            raise NumericalError(f"layer {module}: {error}") from error
+        self._data = DataRecord(
+            file=data.name,
+            hash=file_hash(data),
+            samples=samples,
+            tokens=int(counts.sum()),
+            max_length=max_length,
+            seed=seed,
+        )
 
-    def _find(self, module: str, modules: Collection[str]) -> str:
-        name = match_module(module, self._bundle.layers) or match_module(module, modules)
-        if name is None:
-            raise MismatchError(
-                f"the adapter in {self._trained.folder} adapts {module}, which {self._base_id} does not have; it was "
-                "trained on another model"
-            )
-        return name
-
-    def _require(self, same: bool, stored: str) -> None:
-        if not same:
-            raise MismatchError(
-                f"{stored} of {self._base_id} is not the weight that the emulator in {self._bundle.folder} was made "
-                f"from ({self._bundle.manifest.base.id}); pass that very model as --base"
-            )
-
-
-def _stored(trained: Adapter, module: str, key: str, tensor: torch.Tensor) -> torch.Tensor:
-    """A corrected tensor in the dtype of the trained one."""
-    stored = tensor.to(trained.tensors.spec(key).dtype).cpu()
-    if not torch.isfinite(stored).all():
-        raise NumericalError(f"layer {module}: the corrected pair exceeds {stored.dtype}; save the LoRA in float32")
-    return stored
-
-
-def _refuse_saved_factors(trained: Adapter, bundle: Emulator) -> None:
-    """Whole modules that the adapter saves replace the base's, which is impossible for factors."""
-    for key in trained.other_tensors:
-        module, _, part = key.removeprefix(PREFIX).rpartition(".")
-        if part in FACTORS or (part == "weight" and match_module(module, bundle.layers) is not None):
-            raise UnsupportedError(
-                f"{trained.folder} saves {module} as a whole (modules_to_save), but the emulator holds it as factors; "
-                "leave it out of modules_to_save, or keep it dense with --exclude when building the emulator"
-            )
-
-
-def _same_architecture(architecture: str, bundle: Emulator, base: str) -> None:
-    expected = bundle.manifest.base.architecture
-    if architecture != expected:
-        raise MismatchError(f"{base} is a {architecture}, the emulator was made from a {expected}; pass that base")
-
-
-def _layer(bundle: Emulator, name: str) -> Layer:
-    record = bundle.layers[name]
-    return Layer(name, record.out_features, record.in_features, record.orientation, has_bias=False)
-
-
-def _record(trained: Adapter, module: str, corrected: Correction) -> CorrectedLayer:
-    keys = trained.loras[module]
-    return CorrectedLayer(
-        rank=keys.rank,
-        scaling=keys.scaling,
-        directions=corrected.directions,
-        clamped=corrected.clamped,
-        delta_norm=corrected.delta_norm,
-        update_norm=corrected.update_norm,
-    )
+    def run(self, corrected: Mapping[str, torch.Tensor], *, select: bool, device: str, progress: Progress) -> HeldOut:
+        """Measure all candidates in one go; `corrected` are the corrected tensors by their stored names."""
+        fitted = {
+            module: LoraPair(corrected[keys.A], corrected[keys.B], keys.scaling)
+            for module, keys in self._trained.loras.items()
+            if keys.A in corrected
+        }
+        pairs = {"trained": self._pairs, "corrected": {**self._pairs, **fitted}}
+        tried = candidates(SCALES if select else (1.0,))
+        scores = score(
+            self._target.name,
+            self._target.model,
+            self._target.weights,
+            self._batches,
+            [scaled(pairs[each.adapter], each.scale) for each in tried if each != NONE],
+            device=device,
+            guard=blaming_inputs,
+            progress=lambda done, total: progress(Step("evaluate", done, total, self._target.name)),
+        )
+        measured = table(tried, [found.losses for found in scores], scores[0].tokens)
+        return HeldOut(self._data, measured, choose(measured) if select else None)
 
 
 def _config(trained: Mapping[str, Any], base: str, revision: str | None, base_class: type) -> dict[str, Any]:

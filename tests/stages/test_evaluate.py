@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from emloc_tools import load_emulator
 from emloc_tools.errors import InputError, MismatchError, UnsupportedError
 from emloc_tools.files.tensors import TensorFolder
-from emloc_tools.stages import evaluate as stage
+from emloc_tools.stages import scoring
 from emloc_tools.stages.evaluate import evaluate
 from tests import pico
 from tests.conftest import Run
@@ -155,7 +155,7 @@ def test_all_adapters_share_one_pass_over_the_weights(
     }
     at_once = evaluate(**options)
     assert reads == dict.fromkeys(stored, 1)
-    monkeypatch.setattr(stage, "TOKENS_IN_FLIGHT", 40)  # too few for all batches: the model streams by more often
+    monkeypatch.setattr(scoring, "TOKENS_IN_FLIGHT", 40)  # too few for all batches: the model streams by more often
     in_waves = evaluate(**options)
     assert min(reads.values()) > 2
     assert [result.loss for result in in_waves] == pytest.approx([result.loss for result in at_once])

@@ -1,0 +1,119 @@
+"""Corrects LoRA pairs one at a time, each against the very weight that the emulator was made from."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from emloc_tools.errors import MismatchError, NumericalError, UnsupportedError
+from emloc_tools.files.adapter import PREFIX, Adapter
+from emloc_tools.files.emulator import FACTORS, Emulator
+from emloc_tools.files.manifest import CorrectedLayer
+from emloc_tools.files.tensors import content_hash
+from emloc_tools.linalg.correction import correct_lora
+from emloc_tools.models.base import BaseModel, oriented
+from emloc_tools.models.lora import match_module
+from emloc_tools.records import Layer
+
+
+@dataclass(frozen=True)
+class CorrectedPair:
+    """`A (r, in)` and `B (out, r)` in the dtype of the trained ones, on the CPU, and what was done to them."""
+
+    A: torch.Tensor
+    B: torch.Tensor
+    record: CorrectedLayer
+
+
+class Corrector:
+    """Corrects one LoRA pair at a time, after checking that its module has the weight the emulator was made from."""
+
+    def __init__(self, trained: Adapter, bundle: Emulator, opened: BaseModel, clamp: float | None, device: str) -> None:
+        self._trained, self._bundle, self._base_id = trained, bundle, opened.source.id
+        self._clamp, self._device = clamp, device
+        modules = {name for name, module in opened.model.named_modules() if hasattr(module, "weight")}
+        self._names = {module: self._find(module, modules) for module in trained.loras}
+        self._weights = opened.weights([_layer(bundle, name) for name in self._names.values() if name in bundle.layers])
+
+    def correct(self, module: str) -> CorrectedPair | None:
+        """The corrected pair of an adapted module; None where the emulator has the base's own weight."""
+        name = self._names[module]
+        stored = self._weights.source_of[f"{name}.weight"]
+        W = self._weights.load([stored])[stored]
+        if name not in self._bundle.layers:
+            self._require(content_hash(W) == self._bundle.manifest.tensors.get(stored), stored)
+            return None
+        self._require(self._weights.hashes[stored] == self._bundle.layers[name].weight_hash, stored)
+        layer = _layer(self._bundle, name)
+        A, B = (tensor.to(self._device) for tensor in self._trained.pair(module))
+        if (A.shape[1], B.shape[0]) != (layer.in_features, layer.out_features):
+            raise MismatchError(
+                f"the LoRA pair of {module} is for {B.shape[0]} x {A.shape[1]}, the emulator's layer is "
+                f"{layer.out_features} x {layer.in_features}; the adapter was trained on another model"
+            )
+        keys, factors = self._trained.loras[module], self._bundle.factors(name)
+        try:
+            corrected = correct_lora(A, B, keys.scaling, oriented(layer, W), *factors, clamp=self._clamp)
+        except NumericalError as error:
+            raise NumericalError(f"layer {module}: {error}") from error
+        record = CorrectedLayer(
+            rank=keys.rank,
+            scaling=keys.scaling,
+            directions=corrected.directions,
+            clamped=corrected.clamped,
+            delta_norm=corrected.delta_norm,
+            update_norm=corrected.update_norm,
+        )
+        return CorrectedPair(self._stored(keys.A, corrected.A), self._stored(keys.B, corrected.B), record)
+
+    def scaled(self, tensors: Mapping[str, torch.Tensor], scale: float) -> dict[str, torch.Tensor]:
+        """Every B of `tensors` (by their stored names) times `scale`, in its own dtype."""
+        return {keys.B: self._stored(keys.B, scale * tensors[keys.B].float()) for keys in self._trained.loras.values()}
+
+    def _stored(self, key: str, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor in the dtype of the trained one of that name."""
+        stored = tensor.to(self._trained.tensors.spec(key).dtype).cpu()
+        if not torch.isfinite(stored).all():
+            raise NumericalError(f"{key}: the corrected pair exceeds {stored.dtype}; save the LoRA in float32")
+        return stored
+
+    def _find(self, module: str, modules: Collection[str]) -> str:
+        name = match_module(module, self._bundle.layers) or match_module(module, modules)
+        if name is None:
+            raise MismatchError(
+                f"the adapter in {self._trained.folder} adapts {module}, which {self._base_id} does not have; it was "
+                "trained on another model"
+            )
+        return name
+
+    def _require(self, same: bool, stored: str) -> None:
+        if not same:
+            raise MismatchError(
+                f"{stored} of {self._base_id} is not the weight that the emulator in {self._bundle.folder} was made "
+                f"from ({self._bundle.manifest.base.id}); pass that very model as --base"
+            )
+
+
+def refuse_saved_factors(trained: Adapter, bundle: Emulator) -> None:
+    """Whole modules that the adapter saves replace the base's, which is impossible for factors."""
+    for key in trained.other_tensors:
+        module, _, part = key.removeprefix(PREFIX).rpartition(".")
+        if part in FACTORS or (part == "weight" and match_module(module, bundle.layers) is not None):
+            raise UnsupportedError(
+                f"{trained.folder} saves {module} as a whole (modules_to_save), but the emulator holds it as factors; "
+                "leave it out of modules_to_save, or keep it dense with --exclude when building the emulator"
+            )
+
+
+def require_same_architecture(architecture: str, bundle: Emulator, base: str) -> None:
+    """Refuse a base of another model class than the emulator's."""
+    expected = bundle.manifest.base.architecture
+    if architecture != expected:
+        raise MismatchError(f"{base} is a {architecture}, the emulator was made from a {expected}; pass that base")
+
+
+def _layer(bundle: Emulator, name: str) -> Layer:
+    record = bundle.layers[name]
+    return Layer(name, record.out_features, record.in_features, record.orientation, has_bias=False)

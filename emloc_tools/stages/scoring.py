@@ -1,0 +1,180 @@
+"""Losses per sample of a streamed model with several adapters, all in one pass over its weights.
+
+Every batch runs once without and once with each adapter; the runs go through the model in lock-step. Many runs are cut
+into waves, between which the model is read again, so that memory is bounded whatever the data are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from emloc_tools.errors import InputError, NumericalError
+from emloc_tools.models.data import Batch
+from emloc_tools.models.lora import LoraPair, attach_loras
+from emloc_tools.models.stream import LockStep
+from emloc_tools.models.weights import ModelWeights
+
+ROWS_PER_SOFTMAX = 512  # bounds the float32 copy of the logits: 512 x 128256 x 4 bytes = 263 MB
+TOKENS_IN_FLIGHT = 65536  # activations of so many tokens are held while the model streams by once
+
+Guard = Callable[[nn.Module, Iterable[str]], AbstractContextManager[None]]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a model made of each sample's target tokens, all `(samples,)`.
+
+    `losses` are sums in nats, float64; `right` counts the tokens that were predicted rightly, out of `tokens`, int64.
+    Samples without a target stay in, with zeros.
+    """
+
+    losses: torch.Tensor
+    right: torch.Tensor
+    tokens: torch.Tensor
+
+    @property
+    def loss(self) -> float:
+        """Mean loss per target token."""
+        return float(self.losses.sum() / self.tokens.sum())
+
+    @property
+    def accuracy(self) -> float:
+        """The part of target tokens that were predicted rightly."""
+        return float(self.right.sum() / self.tokens.sum())
+
+    @property
+    def exact(self) -> float:
+        """The part of samples, of those with targets, whose every target was predicted rightly."""
+        asked = self.tokens > 0
+        return float((self.right == self.tokens)[asked].double().mean())
+
+
+def target_counts(batches: Sequence[Batch]) -> torch.Tensor:
+    """Target tokens of every sample, `(samples,)`, int64. Raises `InputError` where there is none at all."""
+    counts = torch.cat([_targets(batch)[1][:, 1:].sum(1) for batch in batches])
+    if not counts.any():
+        raise InputError("the data hold no token to predict; samples need at least two tokens")
+    return counts
+
+
+def score(
+    name: str,
+    model: nn.Module,
+    weights: ModelWeights,
+    batches: Sequence[Batch],
+    adapters: Sequence[Mapping[str, LoraPair]],
+    *,
+    device: str,
+    guard: Guard,
+    progress: Callable[[int, int], None],
+) -> list[Scores]:
+    """The scores without adapter, and then with each one; `progress(done, total)` counts units.
+
+    Adapters that share their tensors cost no memory of their own. `guard` turns complaints about the inputs into
+    messages. Raises `InputError` for data without targets, `NumericalError` for a loss that is not finite.
+    """
+    counts = target_counts(batches)
+    starts = _starts(batches)
+    losses = torch.zeros(len(adapters) + 1, len(counts), dtype=torch.float64)
+    right = torch.zeros(len(adapters) + 1, len(counts), dtype=torch.int64)
+    waves = list(_waves(batches, range(-1, len(adapters))))
+    stream = LockStep(model, weights, device=device)
+    done = 0
+
+    def report(unit: object) -> None:
+        nonlocal done
+        done += 1
+        total = len(stream.units) * len(waves)
+        progress(min(done, total), total)  # a unit that the model uses several times is done several times
+
+    stream.on_unit_done = report
+    for wave in waves:
+
+        def active(wave: Sequence[tuple[int, int]] = wave) -> int | None:
+            adapter = wave[stream.current][1]
+            return None if adapter < 0 else adapter
+
+        def add(index: int, logits: torch.Tensor, wave: Sequence[tuple[int, int]] = wave) -> None:
+            number, adapter = wave[index]
+            loss, hits = _score(batches[number], logits)
+            rows = slice(starts[number], starts[number] + len(loss))
+            losses[adapter + 1, rows], right[adapter + 1, rows] = loss, hits
+
+        handles = attach_loras(model, adapters, active)
+        stream.run([_forward(model, batches[number], stream.device, guard) for number, _ in wave], add)
+        for handle in handles:
+            handle.remove()
+    stream.close()
+    if not torch.isfinite(losses).all():
+        raise NumericalError(f"{name}: the loss is not finite; try --dtype float32")
+    return [Scores(loss, hits, counts) for loss, hits in zip(losses, right, strict=True)]
+
+
+def _starts(batches: Sequence[Batch]) -> list[int]:
+    """The number of each batch's first sample."""
+    starts = [0]
+    for batch in batches:
+        starts.append(starts[-1] + len(_targets(batch)[1]))
+    return starts
+
+
+def _waves(batches: Sequence[Batch], adapters: Sequence[int]) -> list[list[tuple[int, int]]]:
+    """Every batch with every adapter, by their numbers, in groups that run together."""
+    waves: list[list[tuple[int, int]]] = [[]]
+    tokens = 0
+    for number, batch in enumerate(batches):
+        size = next(iter(batch.inputs.values())).numel()
+        for adapter in adapters:
+            if waves[-1] and tokens + size > TOKENS_IN_FLIGHT:
+                waves.append([])
+                tokens = 0
+            waves[-1].append((number, adapter))
+            tokens += size
+    return waves
+
+
+def _forward(model: nn.Module, batch: Batch, device: torch.device, guard: Guard) -> Callable[[], torch.Tensor]:
+    inputs = {name: tensor.to(device) for name, tensor in batch.inputs.items() if name != "labels"}
+
+    def call() -> torch.Tensor:
+        with guard(model, inputs):
+            return model(**inputs, use_cache=False).logits  # type: ignore[no-any-return]
+
+    return call
+
+
+def _score(batch: Batch, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Summed loss (float64) and right predictions (int64) of each sample's targets, both `(batch,)`, on the CPU.
+
+    `logits (batch, length, vocabulary)` are those of the token after each.
+    """
+    ids, targets = _targets(batch)
+    wanted = targets[:, 1:].to(logits.device)
+    rows, labels = logits[:, :-1][wanted], ids[:, 1:].to(logits.device)[wanted]
+    losses = torch.empty(len(labels), dtype=torch.float32)
+    hits = torch.empty(len(labels), dtype=torch.int64)
+    for start in range(0, len(labels), ROWS_PER_SOFTMAX):
+        part = slice(start, start + ROWS_PER_SOFTMAX)
+        losses[part] = F.cross_entropy(rows[part].float(), labels[part], reduction="none").cpu()
+        hits[part] = (rows[part].argmax(-1) == labels[part]).cpu().long()
+    sample = wanted.nonzero()[:, 0].cpu()
+    summed = torch.zeros(len(wanted), dtype=torch.float64).index_add_(0, sample, losses.double())
+    return summed, torch.zeros(len(wanted), dtype=torch.int64).index_add_(0, sample, hits)
+
+
+def _targets(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and which of them are targets, both `(batch, length)`."""
+    labels, ids = batch.inputs.get("labels"), batch.inputs.get("input_ids")
+    if labels is not None:
+        return labels, labels != -100
+    if ids is None:
+        raise InputError("the ready inputs hold neither input_ids nor labels, so there is nothing to predict")
+    if batch.targets is not None:
+        return ids, batch.targets
+    return ids, batch.mask if batch.mask is not None else torch.ones_like(ids, dtype=torch.bool)

@@ -18,6 +18,7 @@ from emloc_tools.cli.correct import correct
 from emloc_tools.cli.demo import demo
 from emloc_tools.cli.evaluate import evaluate
 from emloc_tools.cli.inspect import inspect
+from emloc_tools.cli.merge import merge
 from emloc_tools.cli.merge_calibration import merge_calibration
 from emloc_tools.cli.truncate import truncate
 from emloc_tools.errors import EmlocError
@@ -91,5 +92,5 @@ def main() -> None:
     """
 
 
-for command in (calibrate, merge_calibration, build_emulator, truncate, correct, evaluate, inspect, demo):
+for command in (calibrate, merge_calibration, build_emulator, truncate, correct, merge, evaluate, inspect, demo):
     main.add_command(command)

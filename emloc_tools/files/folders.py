@@ -15,7 +15,13 @@ from typing import Any
 from emloc_tools.errors import InputError
 
 # What tells a folder that emloc-tools wrote. An adapter without emloc.json is somebody's training, not ours.
-MARKERS = ({"calibration.json"}, {"emulator.json"}, {"emloc.json"}, {"results.json", "commands.sh"})
+MARKERS = (
+    {"calibration.json"},
+    {"emulator.json"},
+    {"emloc.json"},
+    {"emloc-merge.json"},
+    {"results.json", "commands.sh"},
+)
 
 
 def check_output(output: Path, *, overwrite: bool) -> None:

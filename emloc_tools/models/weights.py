@@ -84,6 +84,16 @@ class ModelWeights:
         """Every model tensor that the checkpoint holds, tied ones once, sorted."""
         return sorted(set(self.source_of.values()))
 
+    def copied_from(self, name: str) -> str | None:
+        """The checkpoint tensor that the stored tensor `name` is a plain copy of; None where it is converted."""
+        recipe = self._recipes[name]
+        return recipe.parts[0][1] if recipe.converter is None else None
+
+    def converted(self) -> dict[str, str]:
+        """The checkpoint tensors that are converted, each with the model tensor (or the first) that it goes into."""
+        recipes = [recipe for recipe in self._recipes.values() if recipe.converter is not None]
+        return {key: recipe.first for recipe in recipes for _, key in recipe.parts}
+
     def _plan(self, conversions: _Conversions | None) -> None:
         groups: dict[str, list[tuple[str | None, str]]] = {}
         for key in sorted(self.tensors.weight_map, key=conversions.order if conversions else None):

@@ -1,0 +1,68 @@
+"""Write a merged model: a plain Hugging Face model folder in the layout of its base, and a note of what it is.
+
+`emloc-merge.json` is provenance and no format of its own: nothing of ours reads it, and it marks the folder as one that
+`--overwrite` may replace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from emloc_tools.files.folders import write_json, write_text
+from emloc_tools.files.tensors import ShardedWriter, TensorSpec
+
+NOTE = "emloc-merge.json"
+INDEX = "model.safetensors.index.json"
+
+CARD = """---
+library_name: transformers
+base_model: {base}
+tags:
+- emloc
+- merged
+---
+
+# {base}, merged with a LoRA
+
+**{base}** ({architecture}) with {what}, made by emloc-tools {version}. It is an ordinary dense model: load it as its
+base. {changed} of its {tensors} tensors differ from the base's. What it was made from is in `{note}`.
+"""
+
+
+class MergedWriter:
+    """Writes the tensors of a merged model one at a time, then everything else."""
+
+    def __init__(self, folder: Path, specs: Sequence[TensorSpec], *, max_shard_size: int) -> None:
+        self._folder = folder
+        self.tensors = ShardedWriter(folder, "model", specs, max_shard_size=max_shard_size, metadata={"format": "pt"})
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Put a tensor in its place."""
+        self.tensors.write(name, tensor)
+
+    def finish(self, *, config: str, note: Mapping[str, Any], what: str, changed: int) -> None:
+        """Write the index, the text of config.json, the note and a model card that says `what` was merged."""
+        files = self.tensors.finish()
+        if len(files) > 1:
+            metadata = {"total_size": self.tensors.total_size}
+            write_json(self._folder / INDEX, {"metadata": metadata, "weight_map": self.tensors.weight_map})
+        write_text(self._folder / "config.json", config)
+        write_json(self._folder / NOTE, note)
+        card = CARD.format(
+            base=note["base"]["id"],
+            architecture=note["base"]["architecture"],
+            version=note["made_by"]["emloc_tools"],
+            what=what,
+            changed=changed,
+            tensors=len(self.tensors.weight_map),
+            note=NOTE,
+        )
+        write_text(self._folder / "README.md", card)
+
+    def close(self) -> None:
+        """Close the shards; without `finish` they are incomplete."""
+        self.tensors.close()

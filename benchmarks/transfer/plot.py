@@ -39,6 +39,8 @@ def draw(table: Mapping[tuple[Any, ...], Mapping[str, Any]], base: str, path: Pa
         axis.axhline(1, color="grey", lw=0.8)
         axis.axhline(0, color="grey", lw=0.8)
         axis.set(title=bed, xlabel="ratio")
+        axis.set_xticks(sorted({key[2] for key in table if key[:2] == (base, bed) and key[2] is not None}))
+        axis.xaxis.set_major_formatter("{x:g}")
     axes[0][0].set_ylabel("part of the gain that is closed")
     axes[0][0].set_ylim(bottom=-0.6, top=1.1)
     handles, labels = axes[0][0].get_legend_handles_labels()

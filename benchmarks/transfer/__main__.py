@@ -31,10 +31,10 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     options.folder.mkdir(parents=True, exist_ok=True)
     record = options.folder / "cells.jsonl"
-    done = {line["cell"] for line in read(record)}
     for base in options.bases.split(","):
         for bed in options.beds.split(","):
             for seed in map(int, options.seeds.split(",")):
+                done = {line["cell"] for line in read(record)}  # anew: several runs may share the folder
                 wanted = [c for c in all_cells(options, base, bed, seed) if c.name not in done]
                 if wanted:
                     run(options, base, bed, seed, wanted, record)

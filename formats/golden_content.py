@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from emloc_tools.files.adapter import write_adapter
+from emloc_tools.files.adapter_writer import write_adapter
 from emloc_tools.files.calibration import GramEntry, write_calibration
 from emloc_tools.files.emulator_writer import EmulatorWriter
 from emloc_tools.files.folders import write_json

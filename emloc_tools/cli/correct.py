@@ -146,25 +146,30 @@ def _draw(out: Console, result: CorrectionResult, base: str, dry_run: bool) -> N
     layers = result.layers
     clamped = sum(layer.clamped for layer in layers.values())
     directions = sum(layer.directions for layer in layers.values())
-    rows: list[tuple[str, Any]] = [
-        ("corrected", f"{len(layers)} LoRA pairs, {directions} directions, {clamped} of them clamped"),
-    ]
+    rows: list[tuple[str, Any]] = []
+    if layers:
+        rows.append(
+            ("corrected", f"{len(layers)} LoRA pairs, {directions} directions, {clamped} of them clamped"),
+        )
     if result.unchanged:
         why = "layers that the emulator keeps dense" if layers else "the LoRA as it was trained"
         rows.append(("passed on", f"{len(result.unchanged)} tensors of {why}"))
     winner = result.heldout.winner if result.heldout is not None else None
-    if winner is not None and winner.scale:
-        rows.append(("chosen", f"the {winner.adapter} LoRA, its B times {winner.scale:g}"))
+    if winner is not None:
+        rows.append(("chosen", f"the {heldout.named(winner)}" if winner.scale else "no LoRA at all"))
     if result.output is not None and (result.heldout is None or winner is not None):
         data = "HELDOUT.jsonl" if winner is None else "TEST.jsonl"  # a chosen one looks too good where it was chosen
         evaluate = ("evaluate", "--base", base, "--adapter", result.output, "--data", data)
         rows.append(("next", console.Verbatim(options.runnable(*evaluate))))
     nothing = "Dry run: nothing was written" if dry_run else "Nothing was written"
-    console.facts(out, f"Corrected LoRA in {result.output}" if result.output else nothing, rows)
+    console.facts(
+        out, f"{'Corrected LoRA' if layers else 'LoRA'} in {result.output}" if result.output else nothing, rows
+    )
     if result.heldout is not None:
         out.print()
         heldout.draw(out, result.heldout)
-    _draw_layers(out, result)
+    if winner is None or winner.scale:
+        _draw_layers(out, result)
 
 
 def _draw_layers(out: Console, result: CorrectionResult) -> None:

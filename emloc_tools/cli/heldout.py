@@ -10,8 +10,11 @@ if TYPE_CHECKING:
 
     from emloc_tools.files.manifest import Candidate
     from emloc_tools.stages.correct import HeldOut
+    from emloc_tools.stages.selection import Tried
 
 ADVICE = "build the emulator with a higher --ratio, calibrate on data of the task itself, and with --gradients"
+
+NAMES = {"none": "none", "trained": "uncorrected", "corrected": "corrected"}
 
 
 def draw(out: Console, heldout: HeldOut) -> None:
@@ -23,7 +26,7 @@ def draw(out: Console, heldout: HeldOut) -> None:
     rows = []
     for place, each in enumerate(heldout.candidates):
         row = {
-            "LoRA": each.adapter,
+            "LoRA": NAMES[each.adapter],
             "scale": "" if each is none else f"{each.scale:g}",
             "loss": f"{each.loss:.4f} ± {each.standard_error:.4f}",
             "against none": "" if each is none else _difference(each, none, each.standard_error_to_none),
@@ -45,20 +48,24 @@ def warnings(heldout: HeldOut) -> list[str]:
         gain, error = none.loss - stored.loss, stored.standard_error_to_none
         numbers = f"{none.loss:.4f} against {stored.loss:.4f}, difference {abs(gain):.4f} ± {error:.4f}"
         if gain <= 0:
-            remedy = f"{ADVICE}; " + ("or pass more samples" if heldout.chosen is not None else "or try --select")
-            found.append(f"the base is better without the {_named(stored)} on these data ({numbers}); {remedy}")
+            message = f"the base is better without the {named(stored)} on these data ({numbers}): {ADVICE}"
+            if heldout.chosen is None:
+                message += "; or try --select"
+            if -gain <= error:
+                message += f"; or it is chance, as samples are few: {_needed(heldout, gain, error)}"
+            found.append(message)
         elif gain <= error:
             needed = _needed(heldout, gain, error)
-            found.append(f"too few samples to tell whether the {_named(stored)} helps the base ({numbers}); {needed}")
+            found.append(f"too few samples to tell whether the {named(stored)} helps the base ({numbers}): {needed}")
     best = min(heldout.candidates, key=lambda each: each.loss)
     lead, error = reference.loss - best.loss, best.standard_error_to_corrected
     if best is not stored and best is not none:
         numbers = f"{best.loss:.4f} against {reference.loss:.4f}, difference {lead:.4f} ± {error:.4f}"
         if heldout.chosen is None and lead > error:
-            found.append(f"the {_named(best)} is better than the corrected one on these data ({numbers}); try --select")
+            found.append(f"the {named(best)} is better than the corrected one on these data ({numbers}): try --select")
         elif lead <= error:
             needed = _needed(heldout, lead, error)
-            found.append(f"too few samples to tell the {_named(best)} from the corrected one ({numbers}); {needed}")
+            found.append(f"too few samples to tell the {named(best)} from the corrected one ({numbers}): {needed}")
     return found
 
 
@@ -68,8 +75,8 @@ def refusal(heldout: HeldOut) -> str:
     best = min((each for each in heldout.candidates if each is not none), key=lambda each: each.loss)
     return (
         f"no LoRA was written: on these data the base is better without any (loss {none.loss:.4f}; the best with one, "
-        f"the {_named(best)}, {best.loss:.4f}, difference {best.loss - none.loss:.4f} ± "
-        f"{best.standard_error_to_none:.4f}); {ADVICE}. Without --select the corrected LoRA is written all the same"
+        f"the {named(best)}, {best.loss:.4f}, difference {best.loss - none.loss:.4f} ± "
+        f"{best.standard_error_to_none:.4f}): {ADVICE}. Without --select the corrected LoRA is written all the same"
     )
 
 
@@ -81,9 +88,10 @@ def _difference(each: Candidate, other: Candidate, error: float) -> str:
     return f"{each.loss - other.loss:+.4f} ± {error:.4f}"
 
 
-def _named(each: Candidate) -> str:
+def named(each: Candidate | Tried) -> str:
+    """A LoRA in words."""
     scale = "" if each.scale == 1 else f" at scale {each.scale:g}"
-    return f"{'uncorrected' if each.adapter == 'trained' else each.adapter} LoRA{scale}"
+    return f"{NAMES[each.adapter]} LoRA{scale}"
 
 
 def _samples(heldout: HeldOut) -> str:

@@ -6,22 +6,19 @@ import json
 import math
 import re
 import reprlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import xxhash
 
 from emloc_tools.errors import FormatError, UnsupportedError
-from emloc_tools.files.folders import write_json
 from emloc_tools.files.json_files import parse_object, read_json
-from emloc_tools.files.manifest import AdapterManifest, AdapterV1, AdapterV2, Selection, manifest_dict
+from emloc_tools.files.manifest import AdapterManifest, AdapterV1, AdapterV2
 from emloc_tools.files.manifest_reader import read_manifest
 from emloc_tools.files.opening import file_inside, path_inside
 from emloc_tools.files.patterns import ModulePattern
-from emloc_tools.files.tensors import ShardedWriter, TensorFolder, TensorSpec, content_hash
+from emloc_tools.files.tensors import TensorFolder, content_hash
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -183,7 +180,7 @@ class Adapter:
         if mark is None:
             raise FormatError("A10", path, "", "describes a corrected adapter, but the weights carry no mark of it")
         if not _is_mark(mark, manifest.format_version):
-            raise FormatError("A10", self.weights_path, MARK, f"must be {_mark(manifest.format_version)}")
+            raise FormatError("A10", self.weights_path, MARK, f"must be {mark_of(manifest.format_version)}")
         for name in sorted(set(manifest.tensors) | set(self.tensors.names())):
             if name not in self.tensors or content_hash(self.tensors.read(name)) != manifest.tensors.get(name):
                 raise FormatError("A11", path, f"tensors.{name}", "is not what was written; the weights were changed")
@@ -230,7 +227,7 @@ def _check_selection(path: Path, manifest: AdapterV2) -> None:
         raise FormatError("A16", path, f"layers.{min(manifest.layers)}", message)
 
 
-def _mark(version: int) -> str:
+def mark_of(version: int) -> str:
     """The mark of a corrected adapter in the header of its weights."""
     return json.dumps({"corrected": True, "format_version": version}, sort_keys=True)
 
@@ -242,32 +239,3 @@ def _is_mark(text: str, version: int) -> bool:
         return False
     wanted = {"corrected": True, "format_version": version}
     return found == wanted and all(type(found[key]) is type(wanted[key]) for key in wanted)
-
-
-def write_adapter(
-    folder: Path,
-    config: Mapping[str, Any],
-    tensors: Mapping[str, torch.Tensor],
-    *,
-    fields: Mapping[str, Any],
-    selection: Selection | None = None,
-) -> AdapterManifest:
-    """Write a corrected adapter: PEFT's two files and `emloc.json`. `fields` are the manifest's other fields.
-
-    The version is 2 with a `selection`, else 1.
-    """
-    model: type[AdapterV1 | AdapterV2] = AdapterV1 if selection is None else AdapterV2
-    specs = [TensorSpec(name, tensors[name].dtype, tuple(tensors[name].shape)) for name in sorted(tensors)]
-    metadata = {"format": "pt", MARK: _mark(model.model_fields["format_version"].default)}
-    writer = ShardedWriter(folder, "adapter_model", specs, max_shard_size=1 << 62, metadata=metadata)
-    try:
-        for spec in specs:
-            writer.write(spec.name, tensors[spec.name])
-        writer.finish()
-    finally:
-        writer.close()
-    chosen = {} if selection is None else {"selection": selection}
-    manifest = model.model_validate({**fields, "tensors": writer.hashes, **chosen})
-    write_json(folder / CONFIG, config)
-    write_json(folder / MANIFEST, manifest_dict(manifest))
-    return manifest

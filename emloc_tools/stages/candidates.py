@@ -56,8 +56,8 @@ def load_pairs(adapter: Adapter) -> dict[str, LoraPair]:
     """The pairs of an adapter by module. Raises `UnsupportedError` if it holds anything else."""
     if adapter.other_tensors:
         raise UnsupportedError(
-            f"{adapter.folder} holds {adapter.other_tensors[0]} beside LoRA pairs; "
-            "losses cannot be measured with modules_to_save yet"
+            f"{adapter.folder} holds {adapter.other_tensors[0]} beside LoRA pairs, of "
+            "modules_to_save or of an adapted embedding; losses cannot be measured with such tensors yet"
         )
     return {module: LoraPair(*adapter.pair(module), keys.scaling) for module, keys in adapter.loras.items()}
 

@@ -13,7 +13,8 @@ import torch
 
 from emloc_tools.errors import InputError, MismatchError
 from emloc_tools.files.adapter import CONFIG as ADAPTER
-from emloc_tools.files.adapter import Adapter, write_adapter
+from emloc_tools.files.adapter import Adapter
+from emloc_tools.files.adapter_writer import write_adapter
 from emloc_tools.files.emulator import MANIFEST as EMULATOR
 from emloc_tools.files.emulator import Emulator
 from emloc_tools.files.folders import check_output, new_folder

@@ -13,7 +13,8 @@ from peft import PeftModel
 from safetensors.torch import load_file, safe_open, save_file
 
 from emloc_tools.errors import FormatError
-from emloc_tools.files.adapter import Adapter, write_adapter
+from emloc_tools.files.adapter import Adapter
+from emloc_tools.files.adapter_writer import write_adapter
 from emloc_tools.files.manifest import made_by
 from tests.files.lora import NAMES, PREFIX, Tiny, change, train
 from tests.files.making import BASE, HASH

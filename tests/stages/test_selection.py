@@ -119,7 +119,7 @@ def by_hand(losses: torch.Tensor, tokens: torch.Tensor) -> float:
     pairs = list(zip(losses.tolist(), tokens.tolist(), strict=True))
     total, m = sum(n for _, n in pairs), len(pairs)
     mean = sum(loss for loss, _ in pairs) / total
-    return math.sqrt(m / (m - 1) * sum((loss - mean * n) ** 2 for loss, n in pairs)) / total
+    return float(math.sqrt(m / (m - 1) * sum((loss - mean * n) ** 2 for loss, n in pairs)) / total)
 
 
 def test_scaled_pairs_share_their_tensors() -> None:

@@ -27,6 +27,7 @@ ROOMS: dict[str, set[str]] = {
 # A stage never runs another stage; these modules of the room are no stages and serve several of them.
 HELPERS_OF_STAGES = {
     "budget",
+    "build_choices",
     "candidates",
     "corrector",
     "decomposer",

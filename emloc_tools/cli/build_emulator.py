@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from emloc_tools.cli import options
+
+if TYPE_CHECKING:
+    from emloc_tools.records import Allocation, Weighting
 
 EXAMPLE = """Example:
 
@@ -28,9 +32,7 @@ EXAMPLE = """Example:
 @click.option(
     "--damping",
     type=float,
-    default=0.05,
-    show_default=True,
-    help="For gradient: share of the mean squared gradient that every direction gets.",
+    help="For gradient: share of the mean squared gradient that every direction gets.  [default: 0.05]",
 )
 @click.option(
     "--allocation",
@@ -58,9 +60,9 @@ def build_emulator(
     ratio: float | None,
     params: int | None,
     size: int | None,
-    weighting: str | None,
-    damping: float,
-    allocation: str | None,
+    weighting: Weighting | None,
+    damping: float | None,
+    allocation: Allocation | None,
     preset: str | None,
     targets: str | None,
     exclude: str | None,
@@ -82,8 +84,11 @@ def build_emulator(
     from emloc_tools.stages.build_emulator import build_emulator as run
 
     if preset == "paper":
-        if weighting or allocation:
-            raise click.UsageError("--preset paper already says --weighting none --allocation uniform.")
+        if weighting or allocation or damping is not None:
+            raise click.UsageError(
+                "--preset paper already says --weighting none --allocation uniform; give it without --weighting, "
+                "--damping and --allocation."
+            )
         weighting, allocation = "none", "uniform"
     with console.progress(hidden=quiet) as progress:
         written = run(

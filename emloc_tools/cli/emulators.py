@@ -11,6 +11,7 @@ from emloc_tools.cli import console, options
 
 if TYPE_CHECKING:
     from emloc_tools.files.emulator_writer import WrittenEmulator
+    from emloc_tools.files.manifest import Weighting
 
 ROWS = 12  # layers shown after building; `inspect` shows all
 
@@ -31,6 +32,10 @@ def draw(out: Console, written: WrittenEmulator) -> None:
             f"layer's {_measured(written)}",
         ),
     ]
+    weighting = _weighting(written)
+    if weighting is not None:
+        weighted = f"by the loss gradient in {len(weighting.sensitivity)} layers, damping {weighting.damping:g}"
+        rows.append(("weighting", weighted))
     if manifest.calibration is None:
         rows.append(
             ("calibration", "none: every layer is the plain SVD of its weight; calibrated factors are far better")
@@ -66,5 +71,10 @@ def _measured(written: WrittenEmulator) -> str:
     """What relative errors are parts of."""
     if written.manifest.calibration is None:
         return "weight"
-    weighted = ", weighted by the loss gradient" if getattr(written.manifest, "weighting", None) else ""
+    weighted = ", weighted by the loss gradient" if _weighting(written) else ""
     return f"output on the data{weighted}"
+
+
+def _weighting(written: WrittenEmulator) -> Weighting | None:
+    """How errors were weighted: a field that only manifests of weighted emulators have."""
+    return getattr(written.manifest, "weighting", None)

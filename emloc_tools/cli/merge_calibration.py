@@ -45,7 +45,7 @@ def merge_calibration(
         ("samples", result.samples),
         ("tokens", result.tokens),
         ("layers", result.layers),
-        ("statistics", f"{result.grams} Gram matrices"),
+        ("statistics", f"{result.grams + result.gradients} Gram matrices"),
     ]
     title = f"Merged calibration in {output}"
     console.emit(result, as_json=as_json, quiet=quiet, draw=lambda out: console.facts(out, title, rows))

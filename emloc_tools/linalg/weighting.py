@@ -19,7 +19,7 @@ from dataclasses import replace
 import torch
 
 from emloc_tools.errors import NumericalError
-from emloc_tools.linalg.lowrank import decompose, output_energies
+from emloc_tools.linalg.lowrank import LinAlgError, decompose, noise_level, output_energies
 from emloc_tools.records import GradientGram, Gram, LowRank
 
 DAMPING = 0.05  # of the mean squared gradient, added to every direction: none is ever worth nothing
@@ -79,23 +79,31 @@ def _coordinates(
     if not damping > 0:
         raise ValueError(f"damping {damping:g} must be above 0")
     matrix = gradient.matrix.to(W.device, W.dtype)
+    if not torch.isfinite(W).all():
+        raise NumericalError("the weight holds NaN or infinity")
     if not torch.isfinite(matrix).all():
         raise NumericalError("the second moments of the gradient hold NaN or infinity")
-    mean = gradient.energy / W.shape[0]  # summed over tokens, as the matrix is
+    matrix = matrix * (W.shape[0] / gradient.energy)  # the mean diagonal of Σ g gᵀ becomes 1
     if gradient.side == "output":
-        H = matrix / mean
-        H.diagonal().add_(damping)
-        R, _ = _roots(H / (1 + damping))
+        eigenvalues, Q = _eigh(matrix)
+        root = ((eigenvalues.clamp(min=0) + damping) / (1 + damping)).sqrt()
+        R = Q * root
         moved = gram if gram.side == "input" else replace(gram, matrix=R.T @ gram.matrix.to(R) @ R)
-        return R.T @ W, moved, torch.linalg.inv(R).T
-    L, inverse = _roots((matrix / mean + damping * (W.T @ W)) / (1 + damping))
-    return L.T, gram, W @ inverse.T
-
-
-def _roots(A: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`L` with `A = L Lᵀ` for the positive semidefinite A, and its pseudo-inverse."""
-    eigenvalues, Q = torch.linalg.eigh(A)
-    negligible = eigenvalues[-1] * len(A) * torch.finfo(A.dtype).eps
+        return R.T @ W, moved, Q / root
+    eigenvalues, Q = _eigh((matrix + damping * (W.T @ W)) / (1 + damping))
     root = eigenvalues.clamp(min=0).sqrt()
-    inverse = torch.where(eigenvalues > negligible, 1 / root.clamp(min=torch.finfo(A.dtype).tiny), 0)
-    return Q * root, inverse[:, None] * Q.T
+    # A direction that W itself ignores has no energy here, and W is zero on it. Only what the eigensolver leaves of
+    # such zeros may be taken for one: where one direction of the gradient is far above all others, these stand little
+    # above its rounding.
+    kept = eigenvalues > noise_level(W.dtype, float32_sums=False) * eigenvalues[-1]
+    inverse = torch.where(kept, 1 / root.where(kept, 1), 0)
+    return (Q * root).T, gram, W @ (Q * inverse)
+
+
+def _eigh(A: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Eigenvalues, ascending, and eigenvectors of the symmetric A."""
+    try:
+        eigenvalues, Q = torch.linalg.eigh(A)
+    except LinAlgError as error:
+        raise NumericalError(f"the eigendecomposition of a {tuple(A.shape)} matrix failed: {error}") from error
+    return eigenvalues, Q

@@ -76,6 +76,7 @@ class Observer:
             handle.remove()
 
     def _hook(self, name: str) -> Callable[..., None]:
+        @torch.no_grad()  # in a backward run, too: rows must not hold the graph that they were computed by
         def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor) -> None:
             x = args[0] if args else next(iter(kwargs.values()))
             batch, wanted = self._current(), self._wanted(name)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 import torch
 
-from emloc_tools.errors import InputError, MismatchError, UnsupportedError
+from emloc_tools.errors import UnsupportedError
 from emloc_tools.files.calibration import MANIFEST as CALIBRATION
 from emloc_tools.files.calibration import Calibration
 from emloc_tools.files.emulator import FLOATS
@@ -23,14 +23,13 @@ from emloc_tools.files.manifest import (
 )
 from emloc_tools.files.manifest import Weighting as WeightingRecord
 from emloc_tools.files.tensors import MAX_SHARD_SIZE, TensorSpec, read_json
-from emloc_tools.linalg.allocate import adaptive_ranks, uniform_ranks
 from emloc_tools.linalg.weighting import DAMPING
 from emloc_tools.models.base import BaseModel, choose_device, open_base, weight_name
 from emloc_tools.models.companions import copy_companions
-from emloc_tools.models.layers import select_layers
 from emloc_tools.models.modeling import FILE, emulator_name, modeling_source
 from emloc_tools.records import Allocation, Layer, LowRank, Progress, Weighting, silent
 from emloc_tools.stages.budget import budget_ratio
+from emloc_tools.stages.build_choices import check_ranks, chosen_layers, is_weighted, spend
 from emloc_tools.stages.decomposer import Decomposer
 from emloc_tools.stages.refusals import require_apart, require_artifact, require_original, require_own_weights
 
@@ -46,7 +45,7 @@ def build_emulator(
     size: int | None = None,
     ranks: Mapping[str, int] | None = None,
     weighting: Weighting | None = None,
-    damping: float = DAMPING,
+    damping: float | None = None,
     allocation: Allocation | None = None,
     targets: str | None = None,
     exclude: str | None = None,
@@ -66,10 +65,11 @@ def build_emulator(
     layer gets its truncated SVD. `dtype` of the factors: that of the base's weights by default. `eigen_dtype` is the
     precision of the decompositions.
 
-    `weighting="gradient"` measures errors by what the loss minds, with `damping` of the mean squared gradient added to
-    every direction, and is the default where the calibration has gradients; `"none"` measures the layers' outputs
-    alone. `allocation="adaptive"` spends the budget across layers where a value gains the most, at the cost of reading
-    the weights twice, and is the default with gradients; `"uniform"` gives every layer the same ratio. The paper has
+    `weighting="gradient"` measures errors by what the loss minds, with `damping` (0.05 by default) of the mean squared
+    gradient added to every direction, and is the default where the calibration has gradients of a chosen layer;
+    `"none"` measures the layers' outputs alone. `allocation="adaptive"` spends the budget across layers where a value
+    gains the most, at the cost of reading the weights twice, and is the default with that weighting; layers without
+    gradients then keep to the ratio, and are not weighted. `"uniform"` gives every layer the same ratio. The paper has
     `weighting="none"` and `allocation="uniform"`.
 
     Raises `InputError` for unusable options, `MismatchError` if the calibration belongs to another base,
@@ -84,13 +84,13 @@ def build_emulator(
         opened = open_base(base, revision=revision, trust_remote_code=trust_remote_code)
         stack.enter_context(opened.tensors)
         modeling, auto_map = modeling_source(opened.config, opened.architecture)
-        layers = _layers(opened, statistics, targets, exclude)
+        layers = chosen_layers(opened, statistics, targets, exclude)
         weights = opened.weights(layers)
         require_own_weights(layers, weights.source_of)
         specs = {name: TensorSpec(name, *weights.stored_spec(name)) for name in weights.stored_names()}
         stored_dtype = _factor_dtype(specs[weight_name(layers[0])], dtype)
-        weighted = _weighted(weighting, damping, statistics)
-        allocation = allocation or ("adaptive" if weighted else "uniform")
+        weighted = is_weighted(weighting, damping, layers, statistics)
+        damping = DAMPING if damping is None else damping
         decomposer = Decomposer(
             weights,
             statistics,
@@ -98,18 +98,20 @@ def build_emulator(
             getattr(torch, eigen_dtype),
             stored_dtype,
             progress,
-            damping=damping if weighted else None,
+            weighted=weighted,
+            damping=damping,
         )
-        uniform = None
+        chosen_by: Allocation | Literal["given"] = "given"
         if ranks is not None:
-            _check_ranks(ranks, layers, any(value is not None for value in (ratio, params, size)))
+            check_ranks(ranks, layers, any(value is not None for value in (ratio, params, size, allocation)))
         else:
+            chosen_by = allocation or ("adaptive" if weighted else "uniform")
             of_layers = {layer.name: (layer, specs[weight_name(layer)]) for layer in layers}
             chosen = {weight_name(layer) for layer in layers}
             dense = [spec for spec in specs.values() if spec.name not in chosen]
             uniform = budget_ratio(dense, of_layers, stored_dtype, ratio=ratio, params=params, size=size)
             comparable = frozenset(statistics.gradient_layers) if statistics and weighted else None
-            ranks = _spend(decomposer, layers, uniform, allocation, comparable)
+            ranks = spend(layers, uniform, chosen_by, decomposer.gains, comparable)
         factored = {layer.name: layer for layer in layers if layer.name in ranks}
         replaced = {weight_name(layer) for layer in factored.values()}
         folder = stack.enter_context(new_folder(output, overwrite=overwrite))
@@ -145,103 +147,21 @@ def build_emulator(
                 "made_by": made_by(command),
                 "base": BaseRecord(id=base, revision=opened.source.revision, architecture=opened.architecture),
                 "calibration": statistics and CalibrationReference(hash=statistics.hash, data=statistics.manifest.data),
-                "allocation": allocation if uniform is not None else "given",
+                "allocation": chosen_by,
                 "eigen_dtype": eigen_dtype,
                 "base_parameters": sum(torch.Size(spec.shape).numel() for spec in specs.values()),
                 "layers": records,
                 "ignored_tensors": weights.ignored,
             },
-            weighting=WeightingRecord(damping=damping, sensitivity=decomposer.sensitivity)
-            if decomposer.sensitivity
-            else None,
+            weighting=WeightingRecord(damping=damping, sensitivity=decomposer.sensitivity) if weighted else None,
         )
     left_dense = tuple(layer.name for layer in layers if layer.name not in factored)
     return WrittenEmulator(output, manifest, writer.tensors.total_size, left_dense)
 
 
-def _weighted(weighting: Weighting | None, damping: float, calibration: Calibration | None) -> bool:
-    """Whether errors are weighted by the loss gradient."""
-    if not (damping > 0 and math.isfinite(damping)):
-        raise InputError(
-            f"--damping {damping:g} must be above 0: it is a share of the mean squared gradient, such as 0.05"
-        )
-    has_gradients = calibration is not None and bool(calibration.gradient_layers)
-    if weighting == "gradient" and not has_gradients:
-        where = f"the calibration in {calibration.folder} has none" if calibration else "there is no calibration"
-        raise InputError(f"--weighting gradient needs gradients, and {where}; run calibrate with --gradients")
-    return has_gradients and weighting != "none"
-
-
-def _spend(
-    decomposer: Decomposer,
-    layers: Sequence[Layer],
-    ratio: float,
-    allocation: Allocation,
-    comparable: frozenset[str] | None,
-) -> dict[str, int]:
-    """The ranks that keep to the values of a uniform `ratio`.
-
-    Only the layers in `comparable` share their budget, if it is given: those whose gains are in terms of the loss.
-    """
-    ranks = uniform_ranks(layers, ratio)
-    if not ranks:
-        raise InputError(
-            f"no layer would become smaller at a ratio of {ratio:g}, for U, S and Vh hold more values than W there; "
-            "choose a lower --ratio or other --targets"
-        )
-    if allocation == "adaptive":
-        sharing = [
-            layer for layer in layers if layer.name in ranks and (comparable is None or layer.name in comparable)
-        ]
-        gains = {layer.name: decomposer.gains(layer, len(sharing)) for layer in sharing}
-        ranks |= adaptive_ranks(sharing, gains, ratio)
-    return ranks
-
-
-def _check_ranks(ranks: Mapping[str, int], layers: Sequence[Layer], has_budget: bool) -> None:
-    if has_budget:
-        raise InputError("ranks= already sets the size; give it without ratio=, params= and size=")
-    largest = {layer.name: min(layer.out_features, layer.in_features) for layer in layers}
-    for name, rank in ranks.items():
-        if name not in largest:
-            raise InputError(f"ranks= names {name}, which is none of the {len(largest)} layers to factor")
-        if not 1 <= rank <= largest[name]:
-            raise InputError(f"ranks= gives {name} the rank {rank}, which is outside 1 to {largest[name]}")
-    if not ranks:
-        raise InputError("ranks= is empty; name at least one layer")
-
-
 def _open_calibration(folder: Path) -> contextlib.closing[Calibration]:
     require_artifact(folder, CALIBRATION, "a calibration")
     return contextlib.closing(Calibration(folder))
-
-
-def _layers(
-    opened: BaseModel, calibration: Calibration | None, targets: str | None, exclude: str | None
-) -> list[Layer]:
-    """The chosen layers; with a calibration those that it holds, which must have the base's shapes."""
-    if calibration is None:
-        return select_layers(opened.model, targets=targets, exclude=exclude)
-    available = {layer.name: layer for layer in select_layers(opened.model, targets=targets or ".")}
-    for name, record in calibration.manifest.layers.items():
-        layer = available.get(name)
-        if layer is None and targets is not None:
-            continue
-        if layer is None or (layer.out_features, layer.in_features) != (
-            record.out_features,
-            record.in_features,
-        ):
-            raise MismatchError(
-                f"the calibration in {calibration.folder} was made from {calibration.manifest.base.id}; its layer "
-                f"{name} ({record.out_features} x {record.in_features}) is not in {opened.source.id}"
-            )
-    chosen = set(calibration.manifest.layers)
-    if exclude is not None:
-        chosen &= {layer.name for layer in select_layers(opened.model, targets=targets or ".", exclude=exclude)}
-    layers = [layer for layer in available.values() if layer.name in chosen]
-    if not layers:
-        raise InputError(f"no layer chosen by --targets and --exclude is in the calibration in {calibration.folder}")
-    return layers
 
 
 def _factor_dtype(weight: TensorSpec, dtype: str) -> torch.dtype:

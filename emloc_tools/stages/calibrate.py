@@ -20,7 +20,7 @@ from emloc_tools.models.base import choose_device, open_base, weight_name
 from emloc_tools.models.data import Batch, count_samples, count_tokens, load_batches
 from emloc_tools.models.layers import select_layers
 from emloc_tools.models.stream import LockStep
-from emloc_tools.records import Layer, Loss, Progress, silent
+from emloc_tools.records import Layer, Progress, silent
 from emloc_tools.stages.gradient_sums import GradientSums, batch_loss, loss_of
 from emloc_tools.stages.gram_sums import Statistics
 from emloc_tools.stages.refusals import blaming_inputs, require_apart, require_original, require_own_weights
@@ -99,7 +99,7 @@ def calibrate(
         weights = opened.weights(layers)
         require_own_weights(layers, weights.source_of)
         spool = GramSpool(folder / "spool")
-        options = _cheapest(opened.model, layers, loss)
+        options = _cheapest(opened.model, layers, batches, loss=gradients)
         calls = [_forward(opened.model, batch, torch.device(device), options) for batch in batches]
         stream = (
             LockStep(opened.model, weights, device=device)
@@ -159,12 +159,16 @@ def calibrate(
     )
 
 
-def _cheapest(model: Any, layers: Sequence[Layer], loss: Loss | None) -> dict[str, Any]:
-    """Arguments that spare what nobody needs: caches, and logits unless a loss or a Gram of the head is wanted."""
+def _cheapest(model: Any, layers: Sequence[Layer], batches: Sequence[Batch], *, loss: bool) -> dict[str, Any]:
+    """Arguments that spare what nobody needs: caches, and logits unless a loss or a Gram of the head is wanted.
+
+    A model that is given labels computes its loss whether it is wanted or not.
+    """
     accepted = inspect.signature(model.forward).parameters
     options: dict[str, Any] = {"use_cache": False}
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    if loss is None and not any(model.get_submodule(layer.name) is head for layer in layers):
+    has_loss = loss or any("labels" in batch.inputs for batch in batches)
+    if not has_loss and not any(model.get_submodule(layer.name) is head for layer in layers):
         options["logits_to_keep"] = 1
     return {name: value for name, value in options.items() if name in accepted}
 

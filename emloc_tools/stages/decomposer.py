@@ -19,8 +19,8 @@ from emloc_tools.records import GradientGram, Gram, Layer, LowRank, Progress, St
 class Decomposer:
     """Reads a layer's weight and Gram, checks that they belong together, and decomposes.
 
-    Decompositions run in `dtype` on `device`; the factors are to be stored as `stored`. With `damping` the error of
-    layers that have gradients is weighted by them. `total` is the number of layers, for the progress.
+    Decompositions run in `dtype` on `device`; the factors are to be stored as `stored`. If `weighted`, the error of
+    layers that have gradients is weighted by them with `damping`. `total` is the number of layers, for the progress.
     """
 
     def __init__(
@@ -32,11 +32,12 @@ class Decomposer:
         stored: torch.dtype,
         progress: Progress,
         *,
-        damping: float | None = None,
+        weighted: bool,
+        damping: float,
     ) -> None:
         self._weights, self._calibration, self._device = weights, calibration, device
         self._dtype, self._stored = dtype, stored
-        self._damping = damping
+        self._weighted, self._damping = weighted, damping
         self._progress, self._done = progress, {"ranks": 0, "factors": 0}
         self.sensitivity: dict[str, float] = {}  # of the weighted layers that were decomposed
 
@@ -44,7 +45,7 @@ class Decomposer:
         """What the layer's directions are worth, descending, float64: to the loss, or as parts of its output energy."""
         with _naming(layer):
             W, gram, gradient = self._weight(layer), self._gram(layer), self._gradient(layer)
-            if gradient is not None and gram is not None and self._damping is not None:
+            if gram is not None and gradient is not None:
                 energies = loss_energies(W, gram, gradient, damping=self._damping, dtype=self._dtype).cpu()
             else:
                 energies = output_energies(W, gram, dtype=self._dtype).cpu()
@@ -56,7 +57,7 @@ class Decomposer:
         """The layer's factors, which are finite in the dtype that they will be stored in."""
         with _naming(layer):
             W, gram, gradient = self._weight(layer), self._gram(layer), self._gradient(layer)
-            if gradient is not None and gram is not None and self._damping is not None:
+            if gram is not None and gradient is not None:
                 low_rank = decompose_weighted(W, rank, gram, gradient, damping=self._damping, dtype=self._dtype)
                 self.sensitivity[layer.name] = sensitivity(gram, gradient, layer.out_features)
             else:
@@ -84,7 +85,7 @@ class Decomposer:
         return None if self._calibration is None else self._calibration.gram(layer.name)
 
     def _gradient(self, layer: Layer) -> GradientGram | None:
-        return None if self._calibration is None or self._damping is None else self._calibration.gradient(layer.name)
+        return self._calibration.gradient(layer.name) if self._calibration is not None and self._weighted else None
 
     def _report(self, title: str, total: int, detail: str) -> None:
         self._done[title] += 1

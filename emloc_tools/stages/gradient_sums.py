@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,7 +37,7 @@ class GradientSums:
     def finish(self) -> None:
         """Move what is left to the spool."""
         for layer, gram in self._grams.items():
-            if not torch.isfinite(gram.matrix.diagonal()).all():
+            if not (torch.isfinite(gram.matrix.diagonal()).all() and math.isfinite(gram.energy)):
                 raise NumericalError(f"the gradients of layer {layer} hold NaN or infinity; try --dtype float32")
             self._spool.add((layer,), gram)
         self._grams.clear()
@@ -62,11 +63,16 @@ class GradientSums:
 
 def loss_of(batches: Sequence[Batch], architecture: str) -> Loss:
     """Which loss the batches have. Raises `InputError` or `UnsupportedError` where there is none."""
-    if all(batch.targets is not None for batch in batches):
+    targets = [batch.targets for batch in batches if batch.targets is not None]
+    if len(targets) == len(batches):
         if not predicts_next_token(architecture):
             raise UnsupportedError(
                 f"{architecture} does not predict the next token, so texts give no loss; for gradients give ready "
                 "model inputs (.safetensors) with labels"
+            )
+        if not any(target[:, 1:].any() for target in targets):  # nothing predicts the first token
+            raise InputError(
+                "gradients need a loss: no sample holds a token to predict; are completions beyond --max-length?"
             )
         return "next-token"
     if not all("labels" in batch.inputs for batch in batches):
@@ -77,9 +83,14 @@ def loss_of(batches: Sequence[Batch], architecture: str) -> Loss:
 def batch_loss(batch: Batch, output: Any, model: nn.Module) -> torch.Tensor:
     """The loss of a batch: cross-entropy in nats summed over target tokens, or what the model itself returns."""
     if batch.targets is None:
-        loss = output["loss"] if isinstance(output, dict) else output[0]
+        loss = output.get("loss") if isinstance(output, dict) else output[0]
         if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
             raise UnsupportedError(f"{type(model).__name__} returns no loss for the labels of the ready inputs")
+        if not torch.isfinite(loss):
+            raise NumericalError(
+                f"{type(model).__name__} returns the loss {float(loss):g} for ready inputs; labels that are all -100 "
+                "give none, and a narrow --dtype can overflow"
+            )
         return loss.reshape(())
     logits, ids = output.logits, batch.inputs["input_ids"]
     wanted = batch.targets[:, 1:].to(logits.device)

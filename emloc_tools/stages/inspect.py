@@ -13,7 +13,7 @@ from emloc_tools.files.calibration import MANIFEST as CALIBRATION
 from emloc_tools.files.calibration import Calibration
 from emloc_tools.files.emulator import MANIFEST as EMULATOR
 from emloc_tools.files.emulator import Emulator
-from emloc_tools.files.manifest import BaseRecord
+from emloc_tools.files.manifest import BaseRecord, GradientRecord
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,7 @@ class Inspection:
     """A folder's kind (`calibration`, `emulator`, `adapter`), its facts, and a row of values per layer.
 
     `correction` in the row of a corrected LoRA pair is ‖D‖ / ‖s B'‖, the size of the correction relative to the update.
+    `sensitivity` in the row of a weighted layer is what its weighted error is worth to the loss, compared with others.
     """
 
     kind: str
@@ -54,12 +55,13 @@ def _calibration(path: Path) -> Inspection:
     calibration = Calibration(path)
     calibration.close()
     manifest = calibration.manifest
+    gradients = {record.layers[0]: record for record in manifest.grams if isinstance(record, GradientRecord)}
     facts = {
         **_base(manifest.base),
         "data": [record.model_dump() for record in manifest.data],
         "layers": len(manifest.layers),
         "grams": len(manifest.grams),
-        **_gradients(calibration),
+        **({"layers_with_gradients": len(gradients), "loss": calibration.loss} if gradients else {}),
         "gram_bytes": sum(record.features * (record.features + 1) * 2 for record in manifest.grams),
         "unreached_layers": len(manifest.unreached),
         "made_by": manifest.made_by.command,
@@ -71,16 +73,11 @@ def _calibration(path: Path) -> Inspection:
             "in": layer.in_features,
             "statistics": calibration.record(name).side,
             "tokens": calibration.record(name).tokens,
+            **({"gradients": gradients[name].side.removesuffix("_gradient")} if name in gradients else {}),
         }
         for name, layer in manifest.layers.items()
     ]
     return Inspection("calibration", path, facts, rows)
-
-
-def _gradients(calibration: Calibration) -> dict[str, Any]:
-    if calibration.loss is None:
-        return {}
-    return {"layers_with_gradients": len(calibration.gradient_layers), "loss": calibration.loss}
 
 
 def _emulator(path: Path) -> Inspection:
@@ -88,11 +85,13 @@ def _emulator(path: Path) -> Inspection:
     emulator.close()
     manifest = emulator.manifest
     calibrated = manifest.calibration
+    sensitivity = emulator.weighting.sensitivity if emulator.weighting else {}
     facts = {
         **_base(manifest.base),
         "parameters": manifest.parameters,
         "base_parameters": manifest.base_parameters,
         "allocation": manifest.allocation,
+        **_weighting(emulator),
         "calibration": calibrated and calibrated.hash,
         "data": [record.model_dump() for record in calibrated.data] if calibrated else [],
         "factored_layers": len(manifest.layers),
@@ -105,10 +104,18 @@ def _emulator(path: Path) -> Inspection:
             "in": layer.in_features,
             "rank": layer.rank,
             "relative_error": layer.relative_error,
+            **({"sensitivity": sensitivity[name]} if name in sensitivity else {}),
         }
         for name, layer in manifest.layers.items()
     ]
     return Inspection("emulator", path, facts, rows)
+
+
+def _weighting(emulator: Emulator) -> dict[str, Any]:
+    if emulator.weighting is None:
+        return {}
+    weighted = len(emulator.weighting.sensitivity)
+    return {"weighting": "gradient", "damping": emulator.weighting.damping, "weighted_layers": weighted}
 
 
 def _adapter(path: Path) -> Inspection:

@@ -22,7 +22,7 @@ from emloc_tools.stages.refusals import require_apart, require_artifact
 
 @dataclass(frozen=True)
 class MergeResult:
-    """What `merge_calibration` wrote."""
+    """What `merge_calibration` wrote: `grams` are those of the data, `gradients` those of the loss gradient."""
 
     output: Path
     parts: int
@@ -30,6 +30,7 @@ class MergeResult:
     tokens: int
     layers: int
     grams: int
+    gradients: int
 
 
 def merge_calibration(
@@ -57,7 +58,8 @@ def merge_calibration(
         opened = [stack.enter_context(contextlib.closing(Calibration(path))) for path in parts]
         _refuse_same_samples(opened)
         layers = _common_layers(opened)
-        entries = [*_entries(opened, layers), *_gradients(opened)]
+        grams, gradients = _entries(opened, layers), _gradients(opened)
+        entries = [*grams, *gradients]
         done = itertools.count(1)
 
         def add_up(entry: GramEntry) -> torch.Tensor:
@@ -88,7 +90,8 @@ def merge_calibration(
         samples=sum(record.samples for record in manifest.data),
         tokens=sum(record.tokens for record in manifest.data),
         layers=len(layers),
-        grams=len(entries),
+        grams=len(grams),
+        gradients=len(gradients),
     )
 
 

@@ -112,26 +112,34 @@ def _layer(name: str, record: FactoredLayer) -> Layer:
 
 def _ranks(larger: Emulator, layers: list[Layer], ratio: float) -> Mapping[str, int]:
     """Ranks at a uniform ratio, never above those there are; a layer that a build would keep dense stays factored."""
+    wanted = uniform_ranks(layers, ratio)
     if larger.manifest.allocation == "adaptive":
-        gains = {layer.name: _gains(larger, layer.name) for layer in layers}
-        wanted = adaptive_ranks(layers, gains, ratio)
-    else:
-        wanted = uniform_ranks(layers, ratio)
+        weighting = larger.weighting
+        sharing = [layer for layer in layers if weighting is None or layer.name in weighting.sensitivity]
+        wanted |= adaptive_ranks(sharing, {layer.name: _gains(larger, layer.name) for layer in sharing}, ratio)
     useful = {layer.name: max(1, largest_useful_rank(layer)) for layer in layers}
     return {name: min(record.rank, wanted.get(name, useful[name])) for name, record in larger.layers.items()}
 
 
 def _gains(larger: Emulator, name: str) -> torch.Tensor:
-    """What the directions of a layer are worth, as when the emulator was built: S² holds the energies per token."""
+    """What the directions of a layer are worth, as when the emulator was built."""
     _, S, _ = larger.factors(name)
+    energies = _energies(larger.layers[name], S)
     if larger.weighting is not None:
-        return S.double() ** 2 * larger.weighting.sensitivity.get(name, 0.0)
-    return S.double() ** 2 / max(larger.layers[name].total_energy, torch.finfo(torch.float64).tiny)
+        return energies * larger.weighting.sensitivity[name]
+    return energies / max(larger.layers[name].total_energy, torch.finfo(torch.float64).tiny)
+
+
+def _energies(record: FactoredLayer, S: torch.Tensor) -> torch.Tensor:
+    """The energies per token of a layer's directions, `(k,)` in float64: S², but 0 where S holds no energy."""
+    energies = S.double() ** 2
+    energies[record.energetic :] = 0
+    return energies
 
 
 def _record(larger: FactoredLayer, S: torch.Tensor, rank: int) -> FactoredLayer:
     """The record of a truncated layer: the discarded part of S² adds to the error that was there."""
-    dropped = float((S[rank:].double() ** 2).sum())
+    dropped = float(_energies(larger, S)[rank:].sum())
     tail = larger.relative_error**2 * larger.total_energy + dropped
     error = min(1.0, tail / larger.total_energy) ** 0.5 if larger.total_energy > 0 else 0.0
     floored = max(0, larger.floored - (larger.rank - rank))

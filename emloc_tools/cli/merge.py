@@ -99,6 +99,6 @@ def _draw(out: Console, merged: MergedModel) -> None:
         ("next", console.Verbatim(options.runnable(*evaluate))),
     ]
     if merged.interpolate is not None:
-        rows.insert(2, ("interpolated", f"by {merged.interpolate:g} towards the emulator's weights"))
+        rows.insert(1, ("interpolated", f"by {merged.interpolate:g} towards the emulator's weights"))
     shown = [(name, value) for name, value in rows if name != "replaced" or merged.replaced]
     console.facts(out, f"Merged model in {merged.folder}", shown)

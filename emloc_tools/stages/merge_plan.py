@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from emloc_tools.errors import MismatchError, UnsupportedError
 from emloc_tools.files.adapter import PREFIX, Adapter
 from emloc_tools.files.emulator import FACTORS, Emulator
+from emloc_tools.files.manifest import FactoredLayer
 from emloc_tools.files.tensors import content_hash
 from emloc_tools.models.base import BaseModel
 from emloc_tools.models.layers import describe
@@ -46,8 +47,8 @@ def plan_changes(
     planner.add_saved()
     for module in trained.loras:
         planner.add_lora(module)
-    for name in bundle.layers if bundle else ():
-        planner.add_factored(name)
+    for name, record in bundle.layers.items() if bundle else ():
+        planner.add_factored(name, record)
     return planner.changes
 
 
@@ -90,9 +91,16 @@ class _Planner:
             )
         self._add(self._own_weight(name), layer=layer, lora=module)
 
-    def add_factored(self, name: str) -> None:
+    def add_factored(self, name: str, record: FactoredLayer) -> None:
         """A layer that the emulator holds as factors, adapted or not."""
-        self._add(self._own_weight(name), layer=self._linear(name), factored=True)
+        layer = self._linear(name) if name in self._modules else None
+        shape = (record.out_features, record.in_features)
+        if layer is None or (layer.out_features, layer.in_features) != shape:
+            raise MismatchError(
+                f"the emulator's layer {name} ({shape[0]} x {shape[1]}) is not in {self._base_id}; pass the model "
+                "that it was made from as --base"
+            )
+        self._add(self._own_weight(name), layer=layer, factored=True)
 
     @property
     def _base_id(self) -> str:
@@ -109,7 +117,7 @@ class _Planner:
         return keys.A, keys.B
 
     def _linear(self, name: str) -> Layer:
-        module = self._modules.get(name)
+        module = self._modules[name]
         if not isinstance(module, (nn.Linear, Conv1D)):
             raise UnsupportedError(f"{name} of {self._base_id} is a {type(module).__name__} and no linear layer")
         return describe(name, module)

@@ -23,6 +23,7 @@ PLAIN = "build-emulator --base {base} --output {out}"
 TRUNCATE = "truncate --emulator {emulator} --output {out}"
 CORRECT = "correct --emulator {emulator} --adapter {adapter} --base {base} --output {out}"
 EVALUATE = "evaluate --base {base} --data {data} --device cpu"
+DENSE = "merge --base {base} --adapter {corrected} --output {out}"
 MERGE = "merge-calibration {calibration} {calibration} --output {out}"
 
 
@@ -54,12 +55,11 @@ TABLE = [
     Bad(of(CALIBRATE, data="{bad}/keys.jsonl"), (r"keys\.jsonl:1: found the keys", "body", "expected `text`")),
     Bad(of(CALIBRATE, data="{bad}/number.jsonl"), (r"number\.jsonl:1: `text` is int, expected a string",)),
     Bad(of(EVALUATE, data="{base}"), (r"base does not exist|base is a folder", "expected JSONL")),
-    *[
-        Bad(
-            of(line, data="{bad}/mask.safetensors"), ("LlamaForCausalLM cannot run on the inputs attention_mask", "any")
-        )
-        for line in (CALIBRATE, EVALUATE)
-    ],
+    Bad(
+        of(CALIBRATE, data="{bad}/mask.safetensors"),
+        ("LlamaForCausalLM cannot run on the inputs attention_mask", "any"),
+    ),
+    Bad(of(EVALUATE, data="{bad}/mask.safetensors"), ("inputs attention_mask hold neither input_ids nor labels",)),
     # bases
     Bad(of(CALIBRATE, base="no-such/model"), ("no-such/model is no local folder", "Hub")),
     Bad(of(CALIBRATE, base="./nowhere/at/all"), (r"\./nowhere/at/all does not exist", "--base takes", "org/name")),
@@ -67,7 +67,7 @@ TABLE = [
     Bad(of(CALIBRATE, base="{bad}/foreign"), (r"foreign has no config\.json", "--base takes")),
     *[
         Bad(of(line, base="{emulator}"), ("--base .*emulator is an emulator", r"which emulator\.json names"))
-        for line in (CALIBRATE, PLAIN + " --ratio 0.5", CORRECT, EVALUATE)
+        for line in (CALIBRATE, PLAIN + " --ratio 0.5", CORRECT, DENSE, EVALUATE)
     ],
     Bad(of(CALIBRATE, base="{bad}/truncated"), (r"truncated/model\.safetensors", "the file was truncated")),
     Bad(of(PLAIN, base="{bad}/truncated") + " --ratio 0.5", (r"truncated/model\.safetensors", "was truncated")),
@@ -129,6 +129,27 @@ TABLE = [
     Bad(CORRECT + " --clamp nan", ("--clamp nan must be a number above 0", "none for no limit")),
     Bad(CORRECT + " --clamp inf", ("--clamp inf must be a number above 0", "none for no limit")),
     Bad(CORRECT + " --clamp abc", ("--clamp", "'abc' is neither a number nor none"), 2),
+    Bad(of(DENSE, corrected="nowhere"), ("nowhere does not exist", "expected the folder of a PEFT adapter")),
+    Bad(of(DENSE, corrected="{base}"), (r"base holds no adapter_config\.json", "expected the folder")),
+    Bad(of(DENSE, corrected="{bad}/pickled-adapter"), (r"adapter_model\.bin", "never opened", "safetensors")),
+    Bad(of(DENSE, corrected="{adapter}"), ("was trained on the emulator", "not corrected", "run emloc-tools correct")),
+    Bad(of(DENSE, base="{bad}/nan"), (r"the weight model\.layers\.1\.mlp\.up_proj\.weight holds NaN",)),
+    Bad(of(DENSE, base="{bad}/truncated"), (r"truncated/model\.safetensors", "the file was truncated")),
+    Bad(of(DENSE, base="{bad}/tensor"), (r"model\.layers\.1\.mlp\.up_proj\.weight is not in the checkpoint",)),
+    Bad(of(DENSE, base="{bad}/shard"), (r"index\.json", r"model-00002-of-\d+\.safetensors, which does not exist")),
+    Bad(of(DENSE, out="{base}") + " --overwrite", ("would replace the input", "another --output")),
+    Bad(of(DENSE, out="{bad}/foreign") + " --overwrite", ("foreign holds files", "did not write")),
+    Bad(DENSE + " --interpolate 0.5", ("--interpolate needs --emulator",)),
+    Bad(DENSE + " --emulator {emulator}", ("--emulator needs --interpolate",)),
+    Bad(DENSE + " --emulator nowhere --interpolate 0.5", ("nowhere does not exist", "folder of an emulator")),
+    Bad(DENSE + " --emulator {emulator} --interpolate 0.5", ("is corrected for the base already", "without")),
+    Bad(of(DENSE, corrected="{adapter}") + " --emulator {emulator} --interpolate 2", ("--interpolate 2 is outside 0",)),
+    Bad(DENSE + " --interpolate half", ("--interpolate", "'half' is not a valid float"), 2),
+    Bad(
+        of(DENSE, base="{bad}/other", corrected="{adapter}") + " --emulator {emulator} --interpolate 0.5",
+        ("is not the weight that the emulator", "pass that very model as --base"),
+    ),
+    Bad("merge --base {base} --output {out}", ("Missing option '--adapter'",), 2),
     Bad(EVALUATE + " --adapter nowhere", ("nowhere does not exist", "PEFT adapter")),
     Bad("evaluate --data {data}", ("give --base, --emulator or both",)),
     Bad(
@@ -139,7 +160,7 @@ TABLE = [
     # devices
     *[
         Bad(line.replace(" --device cpu", "") + f" --device {device}", (f"--device {device} cannot be used here", ""))
-        for line in (CALIBRATE, PLAIN + " --ratio 0.5", CORRECT, EVALUATE)
+        for line in (CALIBRATE, PLAIN + " --ratio 0.5", CORRECT, DENSE, EVALUATE)
         for device in ("cuda:99", "nonsense")
     ],
     # usage

@@ -19,6 +19,7 @@ LINES = {
     "build-emulator": "build-emulator --base {base} --calibration {calibration} --ratio 0.5 --output out",
     "truncate": "truncate --emulator {emulator} --ratio 0.2 --output out",
     "correct": "correct --emulator {emulator} --adapter {adapter} --base {base} --output out",
+    "merge": "merge --base {base} --adapter {corrected} --output out",
     "evaluate": "evaluate --base {base} --adapter {adapter} --adapter {corrected} --data {data} --device cpu",
     "inspect": "inspect {corrected}",
 }
@@ -95,7 +96,7 @@ def test_the_object_of_correct_holds_the_figures_of_its_manifest(
 def test_evaluate_gives_a_result_per_model_and_adapter(run: Run, other: Path, invoke: Invoke) -> None:
     results = of_json("evaluate", run, other, invoke)["results"]
     assert [result["adapter"] for result in results] == [None, str(run.adapter), str(run.corrected)]
-    fields = {"model", "adapter", "corrected", "loss", "perplexity", "accuracy", "tokens"}
+    fields = {"model", "adapter", "corrected", "loss", "perplexity", "accuracy", "exact", "tokens"}
     assert all(result.keys() == fields for result in results)
 
 
@@ -138,6 +139,22 @@ def test_a_lora_that_makes_the_base_worse_is_warned_of_on_stderr(run: Run, other
     for adapter, warning in zip(worse, warnings, strict=True):
         assert f"the base is better without {adapter} on these data" in warning
         assert ("emloc-tools correct" in warning) == (adapter == str(run.adapter))
+
+
+@pytest.mark.parametrize("interpolated", [False, True])
+def test_merge_shows_what_it_changed_and_what_it_checked(run: Run, invoke: Invoke, interpolated: bool) -> None:
+    options = ["--emulator", run.emulator, "--interpolate", "0.5"] if interpolated else []
+    adapter = run.adapter if interpolated else run.corrected
+    text = " ".join(
+        invoke("merge", "--base", run.base, "--adapter", adapter, "--output", "out", *options).stdout.split()
+    )
+    assert "merged 21 weights copied 9 tensors" in text  # 3 blocks of 7; embedding, head and 7 norms
+    assert "next emloc-tools evaluate --base out --data HELDOUT.jsonl" in text
+    assert ("by 0.5 towards the emulator's weights" in text) == interpolated
+    expected = (
+        "30 tensors are those that the emulator was made from" if interpolated else "the adapter was corrected for"
+    )
+    assert f"checked {expected}" in text or f"checked architecture, names and shapes; {expected}" in text
 
 
 def test_an_emulator_without_calibration_says_so(run: Run, invoke: Invoke) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,9 @@ class Case:
     def in_memory(self) -> Any:
         """What PEFT makes of the two."""
         return on(type(self.model).from_pretrained(self.base), self.adapter).merge_and_unload().eval()
+
+
+Make = Callable[..., Case]
 
 
 def make_case(root: Path, family: str = "llama", save: dict[str, Any] | None = None, **options: Any) -> Case:
@@ -57,4 +61,5 @@ def logits(model: Any) -> torch.Tensor:
     """Logits of one batch, float64."""
     ids = torch.randint(5, 200, (2, 9), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        return model(input_ids=ids).logits.double()
+        found: torch.Tensor = model(input_ids=ids).logits
+    return found.double()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +12,13 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 
-from emloc_tools.files.tensors import TensorFolder
 from emloc_tools.stages.evaluate import evaluate
 from emloc_tools.stages.merge import merge
 from tests import pico
 from tests.conftest import Run
 from tests.stages.adapters import changed, on, pairs
-from tests.stages.merging import Case, load_all, logits, make_case, merge_case
-from tests.stages.reference import close_to, contents, read_json, read_tensors
+from tests.stages.merging import Case, Make, load_all, logits, make_case, merge_case
+from tests.stages.reference import close_to, read_json, read_tensors
 
 FLOAT32 = 1e-6  # a few float32 roundings, relative
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -37,9 +34,6 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "attention beside fused experts": ("qwen3-moe", {"target_modules": ["q_proj", "o_proj"]}),
     "tied embeddings": ("llama-tied", {"target_modules": ["q_proj", "down_proj"]}),
 }
-
-
-Make = Callable[..., Case]
 
 
 @pytest.fixture
@@ -155,6 +149,27 @@ def test_names_of_another_era_on_disk_are_kept(make: Make, tmp_path: Path) -> No
     assert close_to(logits(load_all(tmp_path / "merged", type(case.model))), logits(expected)) < 1e-5
 
 
+def test_names_that_differ_between_checkpoint_and_model_are_those_of_the_checkpoint(tmp_path: Path) -> None:
+    """Llava: `language_model.model.layers` on disk is `model.language_model.layers` in the model."""
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4
+    )
+    config = transformers.LlavaConfig(vision_config=vision, text_config=pico.config("llama"), image_token_index=259)
+    cls = transformers.LlavaForConditionalGeneration
+    cls(config).save_pretrained(tmp_path / "base")
+    adapted = get_peft_model(
+        cls.from_pretrained(tmp_path / "base"),
+        LoraConfig(r=2, target_modules=["q_proj", "down_proj", "fc1"], init_lora_weights=False),
+    )
+    adapted.save_pretrained(tmp_path / "adapter")
+    result = merge(base=str(tmp_path / "base"), adapter=tmp_path / "adapter", output=tmp_path / "merged")
+    assert read_tensors(tmp_path / "merged").keys() == read_tensors(tmp_path / "base").keys()
+    merged, expected = load_all(tmp_path / "merged", cls).state_dict(), adapted.merge_and_unload().state_dict()
+    assert "language_model.model.layers.0.self_attn.q_proj.weight" in result.merged
+    assert not set(result.merged) & set(expected)
+    assert all(close_to(merged[name], tensor) < FLOAT32 for name, tensor in expected.items() if tensor.any())
+
+
 def test_tensors_that_the_class_does_not_use_are_copied_whatever_they_hold(make: Make, tmp_path: Path) -> None:
     case = make()
     tensors = {**read_tensors(case.base), "draft.head.weight": torch.full((3, 2), torch.nan)}
@@ -208,82 +223,6 @@ def test_tied_weights_are_replaced_where_the_adapter_saves_all_of_them_alike(mak
     merged = load_all(tmp_path / "merged", type(case.model))
     assert torch.equal(merged.lm_head.weight, value)
     assert torch.equal(merged.model.embed_tokens.weight, value)
-
-
-def test_every_weight_is_read_once(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    case = make("llama", {"max_shard_size": "50KB"})
-    read: list[str] = []
-    original = TensorFolder.read
-
-    def counted(self: TensorFolder, name: str, buffer: torch.Tensor | None = None) -> torch.Tensor:
-        if "base_model" not in name:
-            read.append(name)
-        return original(self, name, buffer)
-
-    monkeypatch.setattr(TensorFolder, "read", counted)
-    merge_case(case, tmp_path / "merged")
-    placed = read_json(case.base / "model.safetensors.index.json")["weight_map"]
-    assert sorted(read) == sorted(placed)
-    files = [placed[name] for name in read]
-    assert files == sorted(files)  # one shard after the other
-    assert len(set(files)) > 2
-
-
-def test_configuration_tokenizer_and_provenance(make: Make, tmp_path: Path) -> None:
-    case = make()
-    (case.base / "config.json").write_text(json.dumps(read_json(case.base / "config.json"), indent=7))
-    result = merge_case(case, tmp_path / "merged", command="merge it")
-    merged = tmp_path / "merged"
-    for name in ("config.json", "generation_config.json", "tokenizer.json"):
-        assert (merged / name).read_bytes() == (case.base / name).read_bytes()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(merged)
-    assert (
-        tokenizer("some words")["input_ids"]
-        == transformers.AutoTokenizer.from_pretrained(case.base)("some words").input_ids
-    )
-    note = read_json(merged / "emloc-merge.json")
-    assert note["base"] == {"id": str(case.base), "revision": None, "architecture": "LlamaForCausalLM"}
-    assert note["made_by"]["command"] == "merge it"
-    assert (note["emulator"], note["interpolate"], note["adapter"]["corrected"]) == (None, None, False)
-    assert note["merged"] == result.merged
-    assert note["checked"] == result.checked
-    card = (merged / "README.md").read_text()
-    assert f"base_model: {case.base}" in card
-    assert f"{len(result.merged)} of its {len(result.merged) + result.copied} tensors differ" in card
-    assert result.nbytes == sum(tensor.nbytes for tensor in read_tensors(case.base).values())
-
-
-def test_merging_gives_the_same_bytes_again_and_leaves_its_inputs(make: Make, tmp_path: Path) -> None:
-    case = make()
-    before = contents(case.base), contents(case.adapter)
-    for name in ("a", "b"):
-        merge_case(case, tmp_path / name)
-    assert contents(tmp_path / "a") == contents(tmp_path / "b")
-    assert (contents(case.base), contents(case.adapter)) == before
-
-
-def test_our_own_folder_is_replaced_where_that_is_asked_for(make: Make, tmp_path: Path) -> None:
-    case = make()
-    merge_case(case, tmp_path / "merged")
-    single = contents(tmp_path / "merged")
-    merge_case(case, tmp_path / "merged", overwrite=True, max_shard_size=50_000)
-    assert "model.safetensors" in single
-    assert "model.safetensors" not in contents(tmp_path / "merged")
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_an_interrupted_merge_leaves_nothing(make: Make, tmp_path: Path, error: type[BaseException]) -> None:
-    case = make()
-    before = set(tmp_path.iterdir())
-
-    def stop(step: Any) -> None:
-        if step.done == 3:
-            assert set(tmp_path.iterdir()) != before, "it must be at work"
-            raise error("stop")
-
-    with pytest.raises(error):
-        merge_case(case, tmp_path / "merged", progress=stop)
-    assert set(tmp_path.iterdir()) == before
 
 
 def test_a_corrected_adapter_merged_is_the_base_with_that_adapter(run: Run, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import LlamaForCausalLM
 
 from emloc_tools.errors import FormatError, InputError, MismatchError, NumericalError, UnsupportedError
 from emloc_tools.stages.merge import merge
@@ -90,6 +91,15 @@ def test_another_base_than_that_of_the_emulator_is_refused_even_where_no_lora_is
         save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
         message = rf"{name} of .* is not the weight that the emulator in .* was made from .*pass that very model"
         refuse(base, tmp_path / "adapter", MismatchError, message, emulator=run.emulator, interpolate=0.5)
+
+
+def test_a_base_without_layers_that_the_emulator_factors_is_refused(run: Run, tmp_path: Path) -> None:
+    config = pico.config("llama")
+    config.num_hidden_layers = 2
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    pico.save_lora(tmp_path / "adapter", run.emulator, target_modules=r".*layers\.0\..*q_proj")
+    message = r"the emulator's layer model\.layers\.2\..* is not in .*; pass the model that it was made from"
+    refuse(tmp_path / "base", tmp_path / "adapter", MismatchError, message, emulator=run.emulator, interpolate=0.5)
 
 
 @pytest.mark.parametrize("interpolate", [None, 0.5])

@@ -9,8 +9,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from emloc_tools.files.manifest import Candidate
-    from emloc_tools.stages.correct import HeldOut
-    from emloc_tools.stages.selection import Tried
+    from emloc_tools.stages.selection import HeldOut, Tried
 
 ADVICE = "build the emulator with a higher --ratio, calibrate on data of the task itself, and with --gradients"
 

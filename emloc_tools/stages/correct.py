@@ -18,15 +18,7 @@ from emloc_tools.files.adapter_writer import write_adapter
 from emloc_tools.files.emulator import MANIFEST as EMULATOR
 from emloc_tools.files.emulator import Emulator
 from emloc_tools.files.folders import check_output, new_folder
-from emloc_tools.files.manifest import (
-    BaseRecord,
-    Candidate,
-    CorrectedLayer,
-    DataRecord,
-    Selection,
-    file_hash,
-    made_by,
-)
+from emloc_tools.files.manifest import BaseRecord, CorrectedLayer, DataRecord, file_hash, made_by
 from emloc_tools.linalg.correction import CLAMP
 from emloc_tools.models.base import choose_device, open_base
 from emloc_tools.models.data import Batch, load_batches
@@ -42,40 +34,7 @@ from emloc_tools.stages.refusals import (
     require_plain_lora,
 )
 from emloc_tools.stages.scoring import score, target_counts
-from emloc_tools.stages.selection import LEAST_SAMPLES, NONE, SCALES, Tried, candidates, choose, scaled, table
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """What the base makes of held-out samples without a LoRA and with several.
-
-    `data` counts the predicted tokens and the samples that hold any. `chosen` is a place in `candidates`, and None
-    where nothing was to be chosen; it is that of `none` where no LoRA helps.
-    """
-
-    data: DataRecord
-    candidates: list[Candidate]
-    chosen: int | None
-
-    @property
-    def winner(self) -> Tried | None:
-        """What was chosen, if anything was to be."""
-        if self.chosen is None:
-            return None
-        candidate = self.candidates[self.chosen]
-        return Tried(candidate.adapter, candidate.scale)
-
-    @property
-    def none_wins(self) -> bool:
-        """Whether a choice was made, and fell on no LoRA at all."""
-        return self.winner == NONE
-
-    @property
-    def selection(self) -> Selection | None:
-        """The record of the choice in the manifest, if one was made."""
-        if self.chosen is None:
-            return None
-        return Selection(data=self.data, candidates=self.candidates, chosen=self.chosen)
+from emloc_tools.stages.selection import LEAST_SAMPLES, NONE, SCALES, HeldOut, candidates, choose, scaled, table
 
 
 @dataclass(frozen=True)

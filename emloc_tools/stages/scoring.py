@@ -174,7 +174,8 @@ def _targets(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     if labels is not None:
         return labels, labels != -100
     if ids is None:
-        raise InputError("the ready inputs hold neither input_ids nor labels, so there is nothing to predict")
+        given = ", ".join(batch.inputs)
+        raise InputError(f"the ready inputs {given} hold neither input_ids nor labels, so there is nothing to predict")
     if batch.targets is not None:
         return ids, batch.targets
     return ids, batch.mask if batch.mask is not None else torch.ones_like(ids, dtype=torch.bool)

@@ -23,7 +23,7 @@ from typing import Literal
 
 import torch
 
-from emloc_tools.files.manifest import Candidate
+from emloc_tools.files.manifest import Candidate, DataRecord, Selection
 from emloc_tools.models.lora import LoraPair
 
 SCALES = (0.25, 0.5, 0.75, 1.0, 1.25)  # of every B; small ones win where emulator and base are far apart
@@ -39,6 +39,39 @@ class Tried:
 
 
 NONE, REFERENCE = Tried("none", 0.0), Tried("corrected", 1.0)
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What the base makes of held-out samples without a LoRA and with several.
+
+    `data` counts the predicted tokens and the samples that hold any. `chosen` is a place in `candidates`, and None
+    where nothing was to be chosen; it is that of `none` where no LoRA helps.
+    """
+
+    data: DataRecord
+    candidates: list[Candidate]
+    chosen: int | None
+
+    @property
+    def winner(self) -> Tried | None:
+        """What was chosen, if anything was to be."""
+        if self.chosen is None:
+            return None
+        candidate = self.candidates[self.chosen]
+        return Tried(candidate.adapter, candidate.scale)
+
+    @property
+    def none_wins(self) -> bool:
+        """Whether a choice was made, and fell on no LoRA at all."""
+        return self.winner == NONE
+
+    @property
+    def selection(self) -> Selection | None:
+        """The record of the choice in the manifest, if one was made."""
+        if self.chosen is None:
+            return None
+        return Selection(data=self.data, candidates=self.candidates, chosen=self.chosen)
 
 
 def candidates(scales: Sequence[float] = SCALES) -> list[Tried]:

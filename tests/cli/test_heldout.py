@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 
 from emloc_tools.cli import heldout as shown
 from emloc_tools.files.manifest import Candidate, DataRecord
-from emloc_tools.stages.correct import HeldOut, correct
+from emloc_tools.stages.correct import correct
+from emloc_tools.stages.selection import HeldOut
 from tests import pico
 from tests.cli.conftest import Invoke, Printed
 from tests.conftest import Run

@@ -19,7 +19,6 @@ import transformers
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
-from emloc_tools.errors import InputError, UnsupportedError
 from emloc_tools.files.adapter import Adapter
 from emloc_tools.files.tensors import TensorFolder
 from emloc_tools.models.lora import attach_loras
@@ -101,6 +100,7 @@ def test_losses_and_their_errors_are_those_of_peft_models_in_memory(run: Run, se
         assert found.standard_error_to_none == pytest.approx(error(to_none, tokens), rel=1e-4)
         assert found.standard_error_to_corrected == pytest.approx(error(to_corrected, tokens), rel=1e-4)
     assert len({round(found.loss, 5) for found in result.heldout.candidates}) == len(tried), "B must make a difference"
+    assert (result.heldout.chosen is None) != select
     data = result.heldout.data
     assert (data.file, data.hash) == (run.data.name, bytes_hash(run.data))
     assert (data.samples, data.tokens, data.max_length, data.seed) == (len(samples), int(tokens.sum()), 40, 0)
@@ -240,42 +240,3 @@ def test_all_candidates_share_one_pass_and_two_copies_of_the_adapter(run: Run, m
     assert min(reads[name] - corrected.get(name, 0) for name in stored) > 2
     expected = [each.loss for each in at_once.heldout.candidates]  # type: ignore[union-attr]
     assert [each.loss for each in in_waves.heldout.candidates] == pytest.approx(expected)  # type: ignore[union-attr]
-
-
-def refuse(run: Run, tmp_path: Path, kind: type[Exception], message: str, **options: Any) -> None:
-    """Nothing is corrected before the refusal, and nothing written."""
-    steps: list[Any] = []
-    chosen = {"emulator": run.emulator, "adapter": run.adapter, "base": str(run.base), **options}
-    with pytest.raises(kind, match=message):
-        correct(output=tmp_path / "out", progress=steps.append, **chosen)
-    assert steps == []
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_choice_without_data_is_refused(run: Run, tmp_path: Path) -> None:
-    refuse(run, tmp_path, InputError, "--select needs --data", select=True)
-
-
-def test_a_single_sample_with_targets_is_refused(run: Run, tmp_path: Path) -> None:
-    data = pico.write_jsonl(tmp_path / "data.jsonl", [{"text": "a few words"}, {"text": "a"}])
-    refuse(
-        run, tmp_path, InputError, "gives 1 sample with a token to predict; a comparison needs at least 2", data=data
-    )
-
-
-def test_saved_modules_cannot_be_measured_yet(run: Run, tmp_path: Path) -> None:
-    pico.save_lora(tmp_path / "adapter", run.emulator, modules_to_save=["lm_head"])
-    message = r"holds base_model\.model\.lm_head\.weight beside .*; losses cannot be measured with such tensors yet"
-    refuse(run, tmp_path, UnsupportedError, message, adapter=tmp_path / "adapter", data=run.data)
-    correct(emulator=run.emulator, adapter=tmp_path / "adapter", base=str(run.base), output=tmp_path / "out")
-
-
-def test_a_model_that_does_not_predict_the_next_token_cannot_be_measured(
-    case_of: Callable[[str], Any], run: Run, tmp_path: Path
-) -> None:
-    case = case_of("bert")
-    build_emulator(base=str(case.base), calibration=case.calibration, ratio=0.5, output=tmp_path / "emulator")
-    options: dict[str, Any] = {"task_type": None, "target_modules": r".*encoder\.layer\..*(query|key|value|dense)"}
-    pico.save_lora(tmp_path / "adapter", tmp_path / "emulator", **options)
-    places = {"emulator": tmp_path / "emulator", "adapter": tmp_path / "adapter", "base": str(case.base)}
-    refuse(run, tmp_path, UnsupportedError, "BertForMaskedLM does not predict the next token", data=run.data, **places)

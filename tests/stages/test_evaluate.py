@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from emloc_tools import load_emulator
-from emloc_tools.errors import InputError, MismatchError, UnsupportedError
+from emloc_tools.errors import InputError, MismatchError, NumericalError, UnsupportedError
 from emloc_tools.files.tensors import TensorFolder
 from emloc_tools.stages import scoring
 from emloc_tools.stages.evaluate import evaluate
@@ -131,6 +131,32 @@ def test_ready_inputs_count_their_labels(run: Run, tmp_path: Path) -> None:
     (result,) = evaluate(base=str(run.base), data=tmp_path / "in.safetensors", device="cpu")
     loss, accuracy, tokens = plain_loop(base_model(run), samples)
     assert (result.loss, result.accuracy, result.tokens) == (pytest.approx(loss), pytest.approx(accuracy), tokens)
+
+
+def test_a_sample_is_exact_if_all_its_targets_are_predicted_rightly(run: Run, tmp_path: Path) -> None:
+    """Greedy continuations, of which one is spoilt in its last token; a row without targets does not count."""
+    ids = torch.tensor([[5], [6], [7], [8]])
+    while ids.shape[1] < 6:
+        with torch.no_grad():
+            ids = torch.cat([ids, run.model(input_ids=ids).logits[:, -1:].argmax(-1)], 1)
+    ids[1, -1] = (ids[1, -1] + 1) % pico.VOCABULARY
+    labels = ids.clone()
+    labels[3] = -100
+    save_file({"0/input_ids": ids, "0/labels": labels}, tmp_path / "in.safetensors")
+    (result,) = evaluate(base=str(run.base), data=tmp_path / "in.safetensors", device="cpu")
+    assert result.exact == pytest.approx(2 / 3)
+    assert result.accuracy == pytest.approx(14 / 15)
+    assert result.tokens == 15
+
+
+def test_a_loss_that_is_not_finite_is_an_error_with_a_remedy(run: Run, tmp_path: Path) -> None:
+    model = base_model(run)
+    with torch.no_grad():
+        model.lm_head.weight.sign_().mul_(3e38)  # finite by itself, infinite in the logits
+    model.save_pretrained(tmp_path / "base")
+    pico.save_tokenizer(tmp_path / "base")
+    with pytest.raises(NumericalError, match="base: the loss is not finite; try --dtype float32"):
+        evaluate(base=str(tmp_path / "base"), data=run.data, device="cpu")
 
 
 def test_all_adapters_share_one_pass_over_the_weights(

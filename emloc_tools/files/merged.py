@@ -1,7 +1,7 @@
 """Write a merged model: a plain Hugging Face model folder in the layout of its base, and a note of what it is.
 
-`emloc-merge.json` is provenance and no format of its own: nothing of ours reads it, and it marks the folder as one that
-`--overwrite` may replace.
+`emloc-merge.json` is provenance and no format of its own. It marks the folder as one that `--overwrite` may replace,
+and tells `merge` which adapter is in the model already.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import Any
 import torch
 
 from emloc_tools.files.folders import write_json, write_text
+from emloc_tools.files.json_files import read_json
+from emloc_tools.files.opening import path_inside
 from emloc_tools.files.tensors import ShardedWriter, TensorSpec
 
 NOTE = "emloc-merge.json"
@@ -28,9 +30,19 @@ tags:
 
 # {base}, merged with a LoRA
 
-**{base}** ({architecture}) with {what}, made by emloc-tools {version}. It is an ordinary dense model: load it as its
-base. {changed} of its {tensors} tensors differ from the base's. What it was made from is in `{note}`.
+**{base}** ({architecture}) with {what}; made by emloc-tools {version}.
+
+It is an ordinary dense model: load it as its base. {changed} of its {tensors} tensors differ from the base's. What it
+was made from is in `{note}`.
 """
+
+
+def merged_adapter(folder: Path) -> str | None:
+    """The hash of the adapter that was merged into the model in `folder`; None if it is no merged model."""
+    path = path_inside(folder, NOTE, "merge note")
+    adapter = read_json(path, "merge note").get("adapter") if path else None
+    found = adapter.get("hash") if isinstance(adapter, dict) else None
+    return found if isinstance(found, str) else None
 
 
 class MergedWriter:

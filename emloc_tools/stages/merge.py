@@ -26,7 +26,13 @@ from emloc_tools.models.companions import copy_companions
 from emloc_tools.models.source import Source
 from emloc_tools.models.weights import ModelWeights, require_finite
 from emloc_tools.records import Progress, Step, silent
-from emloc_tools.stages.merge_checks import check_share, require_architecture, require_meant, what_was_checked
+from emloc_tools.stages.merge_checks import (
+    check_share,
+    require_architecture,
+    require_meant,
+    require_unmerged,
+    what_was_checked,
+)
 from emloc_tools.stages.merge_plan import Change, plan_changes
 from emloc_tools.stages.refusals import require_apart, require_artifact, require_original, require_plain_lora
 
@@ -95,6 +101,7 @@ def merge(
         opened = open_base(base, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
         stack.enter_context(opened.tensors)
         require_architecture(opened, trained, bundle)
+        require_unmerged(opened, trained)
         weights = opened.weights()
         changes = plan_changes(opened, weights, trained, bundle)
         for key in trained.tensors.names():

@@ -9,6 +9,7 @@ from emloc_tools.errors import InputError, MismatchError
 from emloc_tools.files.adapter import Adapter
 from emloc_tools.files.emulator import MANIFEST as EMULATOR
 from emloc_tools.files.emulator import Emulator
+from emloc_tools.files.merged import merged_adapter
 from emloc_tools.models.base import BaseModel
 
 
@@ -59,6 +60,15 @@ def require_architecture(opened: BaseModel, trained: Adapter, bundle: Emulator |
                 f"{opened.source.id} is a {opened.architecture}, the {what} a {expected.architecture} "
                 f"({expected.id}); pass that base"
             )
+
+
+def require_unmerged(opened: BaseModel, trained: Adapter) -> None:
+    """Refuse a base that has the adapter in its weights already: it would count twice."""
+    if merged_adapter(opened.source.folder) == trained.hash:
+        raise MismatchError(
+            f"{opened.source.id} is a merged model and has {trained.folder} in its weights already; pass the base that "
+            "its emloc-merge.json names"
+        )
 
 
 def what_was_checked(trained: Adapter, bundle: Emulator | None, compared: int) -> str:

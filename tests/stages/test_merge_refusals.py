@@ -17,7 +17,7 @@ from tests import pico
 from tests.conftest import Run
 from tests.stages.adapters import changed
 from tests.stages.merging import Case, load_all, make_case
-from tests.stages.reference import contents, read_json, read_tensors
+from tests.stages.reference import close_to, contents, read_json, read_tensors
 
 
 def refuse(base: Path, adapter: Path, error: type[Exception], message: str, **options: Any) -> None:
@@ -115,6 +115,19 @@ def test_another_architecture_is_refused(run: Run, tmp_path: Path, interpolate: 
 
 def test_an_emulator_as_the_base_is_refused(run: Run, tmp_path: Path) -> None:
     refuse(run.emulator, copied(run, tmp_path), InputError, "is an emulator; pass the model that it was made from")
+
+
+def test_an_adapter_is_not_merged_twice(tmp_path: Path) -> None:
+    case = make_case(tmp_path)
+    merge(base=str(case.base), adapter=case.adapter, output=tmp_path / "once")
+    refuse(
+        tmp_path / "once", case.adapter, MismatchError, r"is a merged model and has .*adapter in its weights already"
+    )
+    other = changed(case.adapter, tmp_path / "other", tensor=lambda name, value: (name, 2 * value))
+    merge(base=str(tmp_path / "once"), adapter=other, output=tmp_path / "both")
+    first, both = read_tensors(tmp_path / "once"), read_tensors(tmp_path / "both")
+    before, name = read_tensors(case.base), "model.layers.1.mlp.up_proj.weight"
+    assert close_to(both[name] - first[name], 4 * (first[name] - before[name])) < 1e-5  # A and B doubled
 
 
 @pytest.mark.parametrize(

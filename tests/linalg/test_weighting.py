@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from emloc_tools.errors import NumericalError
 from emloc_tools.linalg.lowrank import decompose
 from emloc_tools.linalg.weighting import decompose_weighted, loss_energies
 from emloc_tools.records import GradientGram, Gram, LowRank
@@ -142,6 +143,42 @@ def test_a_weight_of_deficient_rank_is_kept_whole() -> None:
     layer.W = layer.W[:, :4] @ torch.randn(4, 12, dtype=torch.float64)
     low_rank = decompose_weighted(layer.W, 12, layer.gram(), layer.gradient())
     torch.testing.assert_close(product(low_rank), layer.W, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(("out", "features"), [(96, 300), (2400, 300)])
+def test_one_direction_of_the_gradient_far_above_all_others_costs_no_part_of_the_weight(
+    out: int, features: int, dtype: torch.dtype
+) -> None:
+    """Then what damping leaves the other directions is 1 : 20 · out of the strongest, near float32's rounding."""
+    layer = Layer(out, features)
+    layer.g = torch.randn(TOKENS, 1, dtype=torch.float64) @ torch.randn(1, out, dtype=torch.float64)
+    full = decompose_weighted(layer.W, min(out, features), layer.gram(), layer.gradient(), dtype=dtype)
+    assert float((product(full) - layer.W).norm() / layer.W.norm()) < 1e-4
+
+
+@pytest.mark.parametrize(("out", "features"), SHAPES)
+def test_hardly_any_damping_is_possible_in_float32(out: int, features: int) -> None:
+    layer = Layer(out, features)
+    layer.g[:, 1:] = 0
+    low_rank = decompose_weighted(
+        layer.W.float(), 3, layer.gram(), layer.gradient(), damping=1e-12, dtype=torch.float32
+    )
+    assert torch.isfinite(product(low_rank)).all()
+    first = (layer.W - product(low_rank))[0] @ layer.X.T
+    assert float(first.norm() / (layer.X @ layer.W[0]).norm()) < 1e-3, "all that counts is the first output"
+
+
+def test_values_that_are_not_finite_are_named() -> None:
+    for out, features in SHAPES:
+        layer = Layer(out, features)
+        gradient = layer.gradient()
+        bad = GradientGram(gradient.matrix / 0, gradient.side, TOKENS, gradient.energy)
+        with pytest.raises(NumericalError, match="moments of the gradient hold NaN"):
+            decompose_weighted(layer.W, 3, layer.gram(), bad)
+        layer.W[0, 0] = float("nan")
+        with pytest.raises(NumericalError, match="the weight holds NaN"):
+            decompose_weighted(layer.W, 3, layer.gram(), gradient)
 
 
 def test_damping_must_be_positive() -> None:

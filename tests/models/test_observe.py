@@ -234,3 +234,18 @@ def test_a_unit_that_is_a_layer_with_bias_is_seen_while_its_weight_is_loaded(tmp
     stream.run([lambda: stream.model(x)])
     (product,) = products
     torch.testing.assert_close(product, x @ reference.head.weight.detach().T)  # type: ignore[operator, union-attr]
+
+
+def test_rows_hold_no_graph_where_gradients_are_enabled() -> None:
+    module, x = Readers(), torch.randn(5, 6)
+    names = ["layers.0", "layers.1"]
+    observer = Observer(module, names, current=lambda: 0, mask=lambda _: None, wanted=lambda _: BOTH)
+    read = x.clone().requires_grad_()
+    y = module.layers[1](module.layers[0](read))  # type: ignore[operator]
+    readings = observer.take(0)
+    assert torch.equal(readings[0].inputs, x)  # type: ignore[arg-type]
+    rows = [tensor for reading in readings for tensor in (reading.inputs, *reading.outputs.values())]
+    assert len(rows) == 4
+    assert not any(tensor is None or tensor.requires_grad for tensor in rows)
+    y.sum().backward()
+    assert read.grad is not None, "the model's own gradients pass as before"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,3 +58,32 @@ def case_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
 def llama(case_of: Callable[[str], Case]) -> Case:
     """The case of most tests."""
     return case_of("llama")
+
+
+@pytest.fixture(scope="session")
+def weighted_case_of(case_of: Callable[[str], Case], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
+    """The case of a family with the gradients of the loss in its calibration."""
+    made: dict[str, Case] = {}
+
+    def make(family: str) -> Case:
+        if family not in made:
+            case, output = case_of(family), tmp_path_factory.mktemp(f"{family}-weighted") / "calibration"
+            result = calibrate(
+                base=str(case.base),
+                data=case.data,
+                output=output,
+                max_length=MAX_LENGTH,
+                gradients=True,
+                device="cpu",
+                command="make the case",
+            )
+            made[family] = replace(case, calibration=output, result=result)
+        return made[family]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def weighted(weighted_case_of: Callable[[str], Case]) -> Case:
+    """The case of most tests of gradients."""
+    return weighted_case_of("llama")

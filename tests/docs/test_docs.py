@@ -84,7 +84,7 @@ def test_the_tutorial_runs(tmp_path: Path) -> None:
     shutil.copyfile(demo / "train_lora.py", tmp_path / "train_lora.py")
     bash = blocks(ROOT / "docs/tutorial.md", "bash")[1:]
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    script = "set -e\n" + "\n".join(bash).replace("--steps 20", "--steps 2")
+    script = "set -e\n" + "\n".join(bash).replace("--steps 20", "--steps 6")
     done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     table = done.stdout.partition("token accuracy")[2]

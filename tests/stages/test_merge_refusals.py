@@ -156,6 +156,14 @@ def test_a_change_of_one_of_two_tied_weights_is_refused(tmp_path: Path, target: 
     refuse_case(case, UnsupportedError, r"lm_head\.weight is tied to model\.embed_tokens\.weight")
 
 
+def test_a_pair_on_one_of_two_tied_weights_is_refused(tmp_path: Path) -> None:
+    case = make_case(tmp_path, "llama-tied", target_modules=["lm_head"])
+    tensors = {name: value for name, value in read_tensors(case.adapter).items() if ".lora_" in name}
+    assert len(tensors) == 2  # PEFT saves the head's weight with them, but for save_embedding_layers=False
+    save_file(tensors, case.adapter / "adapter_model.safetensors")
+    refuse_case(case, UnsupportedError, r"lm_head\.weight is tied to model\.embed_tokens\.weight")
+
+
 def test_tied_weights_that_the_adapter_saves_apart_are_refused(tmp_path: Path) -> None:
     options = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens"]}
     case = make_case(tmp_path, "llama-tied", **options)

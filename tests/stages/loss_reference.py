@@ -46,7 +46,7 @@ def next_token_loss(sample: Sample) -> Loss:
 
 def gradient_moments(model: nn.Module, losses: Sequence[Loss], mask: torch.Tensor | None = None) -> Any:
     """The moments per layer over all losses; rows that `mask (batch, length)` says are padding do not count."""
-    model = copy.deepcopy(model).double()
+    model = copy.deepcopy(model).double().requires_grad_(True)
     model.set_experts_implementation("eager")  # fused experts have no float64 kernel
     found: dict[str, GradientMoments] = {}
     real = slice(None) if mask is None else mask.reshape(-1)

@@ -17,7 +17,7 @@ from emloc_tools.stages.calibrate import calibrate
 from emloc_tools.stages.correct import correct
 from emloc_tools.stages.evaluate import evaluate
 from tests import pico
-from tests.stages.adapters import on, on_emulator, pairs
+from tests.stages.adapters import on_emulator, pairs
 from tests.stages.conftest import MAX_LENGTH, Case
 from tests.stages.gradients import with_gradients
 from tests.stages.loss_reference import GradientMoments, gradient_moments, next_token_loss
@@ -301,14 +301,13 @@ def test_a_lora_on_a_weighted_emulator_is_corrected_exactly(weighted: Case, tmp_
         assert close_to(after, before) < 1e-5
         assert close_to((W + 1.5 * B @ A) @ x, before) > 1e-3, "the control: uncorrected"
     ids = torch.tensor([pico.token_ids(weighted.data, weighted.base, 20)[0]])
-    model = on(weighted.model, tmp_path / "corrected")
-    assert torch.isfinite(model(ids).logits).all()
-    model.unload()
-    loss = on_emulator(tmp_path / "emulator", tmp_path / "lora").train()
-    for name, parameter in loss.named_parameters():
+    trainable = on_emulator(tmp_path / "emulator", tmp_path / "lora").train()
+    for name, parameter in trainable.named_parameters():
         parameter.requires_grad_("lora_" in name)
-    loss(input_ids=ids, labels=ids).loss.backward()
-    assert all(p.grad.norm() > 0 for name, p in loss.named_parameters() if "lora_" in name)
+    trainable(input_ids=ids, labels=ids).loss.backward()
+    gradients = {name: p.grad for name, p in trainable.named_parameters() if "lora_" in name}
+    assert len(gradients) == 2 * len(trained)
+    assert all(gradient.norm() > 0 for gradient in gradients.values())
 
 
 def test_weighting_lowers_the_emulator_s_own_loss_on_the_shipped_model(tmp_path: Path) -> None:

@@ -87,6 +87,7 @@ def main() -> None:
       emloc-tools build-emulator  base + calibration      -> emulator
       (any trainer)               emulator                -> LoRA
       emloc-tools correct         LoRA + emulator + base  -> LoRA for the base
+      emloc-tools merge           LoRA + base             -> dense model
 
     `emloc-tools demo` runs all of it in a few minutes, without any download.
     """

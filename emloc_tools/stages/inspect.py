@@ -13,7 +13,9 @@ from emloc_tools.files.calibration import MANIFEST as CALIBRATION
 from emloc_tools.files.calibration import Calibration
 from emloc_tools.files.emulator import MANIFEST as EMULATOR
 from emloc_tools.files.emulator import Emulator
-from emloc_tools.files.manifest import BaseRecord, GradientRecord
+from emloc_tools.files.json_files import read_json
+from emloc_tools.files.manifest import AdapterV2, BaseRecord, GradientRecord
+from emloc_tools.files.merged import NOTE as MERGED
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Inspection:
 
 
 def inspect(path: Path) -> Inspection:
-    """Describe a calibration, an emulator or an adapter, whose structure is checked as on every use.
+    """Describe a calibration, an emulator, an adapter or a merged model; structure is checked as on every use.
 
     Values are read of a corrected adapter only, to see that they are those that `correct` wrote.
 
@@ -41,6 +43,7 @@ def inspect(path: Path) -> Inspection:
         CALIBRATION: _calibration,
         EMULATOR: _emulator,
         CONFIG: _adapter,
+        MERGED: _merged,
     }
     for marker, reader in readers.items():
         if (path / marker).is_file():
@@ -48,7 +51,7 @@ def inspect(path: Path) -> Inspection:
     found = "is a file" if path.is_file() else f"holds none of {', '.join(readers)}"
     if not path.exists():
         found = "does not exist"
-    raise InputError(f"{path} {found}; inspect takes the folder of a calibration, an emulator or an adapter")
+    raise InputError(f"{path} {found}; inspect takes a folder that emloc-tools wrote, or a PEFT adapter")
 
 
 def _calibration(path: Path) -> Inspection:
@@ -130,6 +133,9 @@ def _adapter(path: Path) -> Inspection:
     }
     if manifest is not None:
         facts |= {**_base(manifest.base), "clamp": manifest.clamp, "made_by": manifest.made_by.command}
+    if isinstance(manifest, AdapterV2):
+        chosen = manifest.selection.candidates[manifest.selection.chosen]
+        facts |= {"chosen": f"{chosen.adapter} at scale {chosen.scale:g}", "held_out_loss": chosen.loss}
     rows = []
     for name, keys in adapter.loras.items():
         row: dict[str, Any] = {"layer": name, "rank": keys.rank, "scaling": keys.scaling}
@@ -139,6 +145,25 @@ def _adapter(path: Path) -> Inspection:
             row |= {"correction": size, "clamped": record.clamped}
         rows.append(row)
     return Inspection("adapter", path, facts, rows)
+
+
+def _merged(path: Path) -> Inspection:
+    """What `emloc-merge.json` says. It is provenance and no format of its own, so nothing else is checked."""
+    note = read_json(path / MERGED, "merge note")
+    try:
+        facts = {
+            **_base(BaseRecord.model_validate(note["base"])),
+            "adapter": note["adapter"]["hash"],
+            "corrected": note["adapter"]["corrected"],
+            "interpolated": note["interpolate"],
+            "merged_tensors": len(note["merged"]),
+            "replaced_tensors": len(note["replaced"]),
+            "checked": note["checked"],
+            "made_by": note["made_by"]["command"],
+        }
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path / MERGED} is not what merge writes: {error}") from error
+    return Inspection("merged model", path, facts)
 
 
 def _base(record: BaseRecord) -> dict[str, Any]:

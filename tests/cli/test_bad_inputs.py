@@ -155,8 +155,8 @@ TABLE = [
     Bad(
         "evaluate --emulator {emulator} --adapter {corrected} --data {data}", ("corrected is corrected", "give --base")
     ),
-    Bad("inspect {base}", (r"base holds none of calibration\.json", "inspect takes the folder of")),
-    Bad("inspect nowhere", ("nowhere does not exist", "inspect takes the folder of")),
+    Bad("inspect {base}", (r"base holds none of calibration\.json", "inspect takes a folder")),
+    Bad("inspect nowhere", ("nowhere does not exist", "inspect takes a folder")),
     # devices
     *[
         Bad(line.replace(" --device cpu", "") + f" --device {device}", (f"--device {device} cannot be used here", ""))

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
 from emloc_tools.errors import FormatError, InputError
+from emloc_tools.files.adapter import Adapter
 from emloc_tools.stages.build_emulator import build_emulator
 from emloc_tools.stages.inspect import inspect
+from emloc_tools.stages.merge import merge
 from tests import pico
 from tests.conftest import Run
 from tests.stages.adapters import pairs
 from tests.stages.gradients import with_gradients
 from tests.stages.reference import bytes_hash, read_grams, read_json, read_tensors
+
+GOLDEN = Path(__file__).parent.parent.parent / "formats" / "adapter" / "golden"
 
 
 def test_a_calibration(run: Run) -> None:
@@ -104,6 +109,36 @@ def test_a_corrected_adapter(run: Run) -> None:
         assert row["clamped"] == record["clamped"]
 
 
+def test_a_merged_model(run: Run, tmp_path: Path) -> None:
+    merge(base=str(run.base), adapter=run.corrected, output=tmp_path / "merged")
+    found, note = inspect(tmp_path / "merged"), read_json(tmp_path / "merged" / "emloc-merge.json")
+    assert found.kind == "merged model"
+    assert found.facts == {
+        "base": str(run.base),
+        "architecture": "LlamaForCausalLM",
+        "adapter": Adapter(run.corrected).hash,
+        "corrected": True,
+        "interpolated": None,
+        "merged_tensors": 21,
+        "replaced_tensors": 0,
+        "checked": note["checked"],
+        "made_by": note["made_by"]["command"],
+    }
+    (tmp_path / "merged" / "emloc-merge.json").write_text("{}")
+    with pytest.raises(InputError, match="is not what merge writes"):
+        inspect(tmp_path / "merged")
+
+
+def test_an_adapter_that_was_chosen_says_which_candidate_it_is(run: Run, tmp_path: Path) -> None:
+    chosen = tmp_path / "chosen"
+    shutil.copytree(GOLDEN / "ok-chosen-scaled", chosen)
+    selection = read_json(chosen / "emloc.json")["selection"]
+    candidate = selection["candidates"][selection["chosen"]]
+    facts = inspect(chosen).facts
+    assert facts["chosen"] == f"{candidate['adapter']} at scale {candidate['scale']:g}"
+    assert facts["held_out_loss"] == candidate["loss"]
+
+
 def test_other_tensors_of_an_adapter_are_counted(run: Run, tmp_path: Path) -> None:
     pico.save_lora(tmp_path / "adapter", run.emulator, modules_to_save=["lm_head"])
     assert inspect(tmp_path / "adapter").facts["other_tensors"] == 1
@@ -112,9 +147,9 @@ def test_other_tensors_of_an_adapter_are_counted(run: Run, tmp_path: Path) -> No
 def test_anything_else_is_refused(run: Run, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"base holds none of calibration\.json, emulator\.json, adapter_config\.json"):
         inspect(run.base)
-    with pytest.raises(InputError, match="does not exist; inspect takes the folder of"):
+    with pytest.raises(InputError, match="does not exist; inspect takes a folder"):
         inspect(tmp_path / "nothing")
-    with pytest.raises(InputError, match=r"train\.jsonl is a file; inspect takes the folder of"):
+    with pytest.raises(InputError, match=r"train\.jsonl is a file; inspect takes a folder"):
         inspect(run.data)
 
 

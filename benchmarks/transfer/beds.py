@@ -83,7 +83,7 @@ def questions() -> Iterator[dict[str, str]]:
     usual = {kind: statements for kind, statements in kinds.items() if len(statements) >= 60}
     for kind, statements in sorted(usual.items()):
         for statement in random.Random(kind).sample(statements, 60):
-            yield {"prompt": f"{statement}\n# kind of statement: ", "completion": f"{kind}\n"}
+            yield {"prompt": f"{statement}\n# kind of statement:", "completion": f" {kind}\n"}
 
 
 def remove(folder: Path) -> None:

@@ -82,8 +82,14 @@ def encode(record: dict[str, Any], tokenizer: Any, max_length: int) -> dict[str,
         text = record["text"] if "text" in record else prompt + record["completion"]
     special = "messages" not in record  # a chat template writes the special tokens itself
     ids = tokenizer(text, add_special_tokens=special)["input_ids"][:max_length]
-    skipped = min(len(ids), len(tokenizer(prompt, add_special_tokens=special)["input_ids"])) if prompt else 0
+    skipped = common_prefix(tokenizer(prompt, add_special_tokens=special)["input_ids"], ids) if prompt else 0
     return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [-100] * skipped + ids[skipped:]}
+
+
+def common_prefix(first: list[int], second: list[int]) -> int:
+    """How many tokens agree. The prompt's last ones may not: a tokenizer may join them with the completion's first."""
+    pairs = zip(first, second, strict=False)
+    return next((place for place, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
 
 
 def train(model: Any, tokenizer: Any, samples: list[dict[str, list[int]]], options: Any) -> dict[str, Any]:

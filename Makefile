@@ -10,7 +10,7 @@ OUTPUT ?= demo-run
 help: ## Show the targets
 	@grep -hE '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
 
-demo: $(VENV)/.installed ## Run the whole method on this machine (about three minutes)
+demo: $(VENV)/.installed ## Run the whole method on this machine (a few minutes)
 	$(BIN)/emloc-tools demo --overwrite --output $(OUTPUT)
 
 test: $(VENV)/.developer lint ## Check everything that CI checks
@@ -30,10 +30,11 @@ docs: $(VENV)/.developer ## Write what is generated: command reference, recorded
 	$(BIN)/python -m docs.generate
 	$(BIN)/python -m formats.make_schemas
 
-bench: $(VENV)/.installed ## Measure again what docs/benchmarks.md shows (about half an hour)
+bench: $(VENV)/.developer ## Measure again what docs/benchmarks.md shows (about an hour)
 	$(BIN)/python -m benchmarks.demo
 	$(BIN)/python -m benchmarks.streaming
 	$(BIN)/python -m benchmarks.decomposition
+	$(BIN)/python -m benchmarks.backward
 	$(BIN)/python -m benchmarks.billion
 
 clean: ## Remove the environments, caches and the demo's files

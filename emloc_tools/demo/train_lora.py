@@ -75,15 +75,29 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 def encode(record: dict[str, Any], tokenizer: Any, max_length: int) -> dict[str, list[int]]:
     """Token ids and labels of a `text`, of `messages`, or of a `prompt` (no labels) and its `completion`."""
-    if "messages" in record:
-        prompt, text = "", tokenizer.apply_chat_template(record["messages"], tokenize=False)
-    else:
-        prompt = record.get("prompt", "")
-        text = record["text"] if "text" in record else prompt + record["completion"]
-    special = "messages" not in record  # a chat template writes the special tokens itself
+    prompt, text, special = texts(record, tokenizer)
     ids = tokenizer(text, add_special_tokens=special)["input_ids"][:max_length]
     skipped = common_prefix(tokenizer(prompt, add_special_tokens=special)["input_ids"], ids) if prompt else 0
     return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [-100] * skipped + ids[skipped:]}
+
+
+def texts(record: dict[str, Any], tokenizer: Any) -> tuple[str, str, bool]:
+    """The part that is not learnt, the whole text, and whether the tokenizer is to add special tokens.
+
+    A chat template writes them itself. Of a `prompt` of messages it also writes what asks for the answer.
+    """
+
+    def chat(messages: list[dict[str, Any]], ask: bool = False) -> str:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask))
+
+    if "messages" in record:
+        return "", chat(record["messages"]), False
+    if "prompt" in record and "completion" in record:
+        prompt, completion = record["prompt"], record["completion"]
+        if isinstance(prompt, list):
+            return chat(prompt, ask=True), chat(prompt + completion), False
+        return prompt, prompt + completion, True
+    return "", record["text"], True
 
 
 def common_prefix(first: list[int], second: list[int]) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -114,9 +116,20 @@ def test_an_alpha_that_json_reads_as_infinite_is_refused(tmp_path: Path) -> None
 
 
 def test_a_pattern_that_would_hang_peft_is_answered(tmp_path: Path) -> None:
+    """The first pattern of each kind fits no module, and `re` tries every way to split a name before it says so."""
     train(tmp_path)
-    change(tmp_path / "adapter_config.json", lambda c: c.update(rank_pattern={"([a-z.0-9]+)+!": 9}))
-    Adapter(tmp_path).close()
+    path, long = tmp_path / "adapter_model.safetensors", "a" * 60 + ".up"
+    save_file({name.replace("block.1.up", long): value for name, value in load_file(path).items()}, path)
+    rank, alpha = {"([a-z.0-9]+)+!": 9}, {"([a-z.0-9]+)+!": 5, "([a-z.0-9]+)+p": 7}
+    change(tmp_path / "adapter_config.json", lambda c: c.update(rank_pattern=rank, alpha_pattern=alpha))
+    adapter = Adapter(tmp_path)
+    found = {name: (keys.rank, keys.scaling) for name, keys in adapter.loras.items()}
+    adapter.close()
+    assert found == {"block.0.up": (2, 3.5), long: (2, 3.5), "block.0.down": (2, 1.5), "block.1.down": (2, 1.5)}
+    # Control: PEFT's own expression.
+    question = f"import re; re.match(r'(.*\\.)?([a-z.0-9]+)+!$', {long!r})"
+    with pytest.raises(subprocess.TimeoutExpired):
+        subprocess.run([sys.executable, "-c", question], timeout=1)
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from emloc_tools.files.manifest import (
     FactoredLayer,
     MadeBy,
     Selection,
-    Weighting,
+    WeightingRecord,
 )
 from emloc_tools.files.packing import pack_lower
 from emloc_tools.files.tensors import ShardedWriter, TensorSpec, content_hash
@@ -210,7 +210,7 @@ def emulator(
             "layers": records,
             "ignored_tensors": [],
         },
-        weighting=Weighting(damping=0.05, sensitivity=dict.fromkeys(layers, 1.5)) if weighted else None,
+        weighting=WeightingRecord(damping=0.05, sensitivity=dict.fromkeys(layers, 1.5)) if weighted else None,
     )
 
 

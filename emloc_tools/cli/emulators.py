@@ -11,7 +11,7 @@ from emloc_tools.cli import console, options
 
 if TYPE_CHECKING:
     from emloc_tools.files.emulator_writer import WrittenEmulator
-    from emloc_tools.files.manifest import Weighting
+    from emloc_tools.files.manifest import WeightingRecord
 
 ROWS = 12  # layers shown after building; `inspect` shows all
 
@@ -75,6 +75,6 @@ def _measured(written: WrittenEmulator) -> str:
     return f"output on the data{weighted}"
 
 
-def _weighting(written: WrittenEmulator) -> Weighting | None:
+def _weighting(written: WrittenEmulator) -> WeightingRecord | None:
     """How errors were weighted: a field that only manifests of weighted emulators have."""
     return getattr(written.manifest, "weighting", None)

@@ -11,7 +11,7 @@ import torch
 
 from emloc_tools.errors import FormatError
 from emloc_tools.files.json_files import read_json, whole_number
-from emloc_tools.files.manifest import EmulatorV1, EmulatorV2, FactoredLayer, Weighting
+from emloc_tools.files.manifest import EmulatorV1, EmulatorV2, FactoredLayer, WeightingRecord
 from emloc_tools.files.manifest_reader import read_manifest
 from emloc_tools.files.opening import file_inside, path_inside
 from emloc_tools.files.tensors import TensorFolder, content_hash
@@ -20,6 +20,7 @@ MANIFEST = "emulator.json"
 CONFIG = "config.json"
 FACTORS = ("U", "S", "Vh")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+MODEL_AUTO_CLASS = re.compile(r"AutoModel\w*", re.ASCII)
 CLASS_REFERENCE = re.compile(r"([A-Za-z_]\w{0,100})\.(Emloc\w{1,200})", re.ASCII)
 
 
@@ -48,7 +49,7 @@ class Emulator:
         return self.manifest.layers
 
     @property
-    def weighting(self) -> Weighting | None:
+    def weighting(self) -> WeightingRecord | None:
         """How the loss gradient weighted the error; None if it did not."""
         return self.manifest.weighting if isinstance(self.manifest, EmulatorV2) else None
 
@@ -94,6 +95,9 @@ class Emulator:
         if not isinstance(auto_map, dict) or not auto_map:
             raise FormatError("E12", path, "auto_map", "must map Auto classes to classes in this folder")
         for auto, reference in auto_map.items():
+            if MODEL_AUTO_CLASS.fullmatch(auto) is None:
+                message = "is no Auto class of models; configurations and tokenizers need no code from an emulator"
+                raise FormatError("E12", path, f"auto_map.{auto}", message)
             match = CLASS_REFERENCE.fullmatch(reference) if isinstance(reference, str) else None
             if match is None:  # "owner/name--module.Class" would run code from somewhere else
                 message = "must be `module.Class` of a file in this folder, with a class name that begins with Emloc"

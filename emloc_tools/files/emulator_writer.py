@@ -12,7 +12,7 @@ import torch
 from emloc_tools.errors import UnsupportedError
 from emloc_tools.files.emulator import FACTORS, MANIFEST
 from emloc_tools.files.folders import write_json, write_text
-from emloc_tools.files.manifest import EmulatorManifest, EmulatorV1, EmulatorV2, Weighting, manifest_dict
+from emloc_tools.files.manifest import EmulatorManifest, EmulatorV1, EmulatorV2, WeightingRecord, manifest_dict
 from emloc_tools.files.tensors import ShardedWriter, TensorSpec
 
 CARD = """---
@@ -106,7 +106,7 @@ class EmulatorWriter:
         modeling_file: str,
         modeling: str,
         fields: Mapping[str, Any],
-        weighting: Weighting | None = None,
+        weighting: WeightingRecord | None = None,
     ) -> EmulatorManifest:
         """Write all other files. `base_config` is the base's config.json; `fields` are the manifest's other fields.
 

@@ -160,7 +160,7 @@ class FactoredLayer(Strict):
     floored: Amount
 
 
-class Weighting(Strict):
+class WeightingRecord(Strict):
     """How the loss gradient weighted the error: `damping`, a share of its mean square, was added to every direction.
 
     `sensitivity` says, for every factored layer with gradients, what its weighted energy per token is worth to the
@@ -199,7 +199,7 @@ class EmulatorV2(EmulatorManifest):
 
     format_version: Literal[2] = 2
     calibration: CalibrationReference
-    weighting: Weighting
+    weighting: WeightingRecord
 
 
 class CorrectedLayer(Strict):

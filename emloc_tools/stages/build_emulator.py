@@ -19,9 +19,9 @@ from emloc_tools.files.manifest import (
     BaseRecord,
     CalibrationReference,
     FactoredLayer,
+    WeightingRecord,
     made_by,
 )
-from emloc_tools.files.manifest import Weighting as WeightingRecord
 from emloc_tools.files.tensors import MAX_SHARD_SIZE, TensorSpec, read_json
 from emloc_tools.linalg.weighting import DAMPING
 from emloc_tools.models.base import BaseModel, choose_device, open_base, weight_name

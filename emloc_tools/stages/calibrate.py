@@ -22,7 +22,7 @@ from emloc_tools.models.layers import select_layers
 from emloc_tools.models.stream import LockStep
 from emloc_tools.records import Layer, Progress, silent
 from emloc_tools.stages.gradient_sums import GradientSums, batch_loss, loss_of
-from emloc_tools.stages.gram_sums import Statistics
+from emloc_tools.stages.gram_sums import GramSums
 from emloc_tools.stages.refusals import blaming_inputs, require_apart, require_original, require_own_weights
 
 
@@ -106,7 +106,7 @@ def calibrate(
             if loss is None
             else BackwardLockStep(opened.model, weights, layers, spill=folder, device=device)
         )
-        statistics = Statistics(stream, layers, batches, spool, progress)
+        statistics = GramSums(stream, layers, batches, spool, progress)
         if isinstance(stream, BackwardLockStep):
             sums = GradientSums(stream, batches, spool, progress)
             stream.run_backward(calls, lambda index, result: batch_loss(batches[index], result, opened.model))

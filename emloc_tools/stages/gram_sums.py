@@ -19,7 +19,7 @@ from emloc_tools.records import Gram, Layer, Progress, Side, Step
 Key = tuple[str, ...]
 
 
-class Statistics:
+class GramSums:
     """Accumulates Grams while batches stream through a model, and moves those of a finished unit to disk.
 
     A Gram is keyed by the layers that read the same tensor in the same calls. Should layers read the same tensor in

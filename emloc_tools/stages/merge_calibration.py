@@ -21,7 +21,7 @@ from emloc_tools.stages.refusals import require_apart, require_artifact
 
 
 @dataclass(frozen=True)
-class MergeResult:
+class MergedCalibration:
     """What `merge_calibration` wrote: `grams` are those of the data, `gradients` those of the loss gradient."""
 
     output: Path
@@ -41,7 +41,7 @@ def merge_calibration(
     overwrite: bool = False,
     command: str = "emloc_tools.stages.merge_calibration",
     progress: Progress = silent,
-) -> MergeResult:
+) -> MergedCalibration:
     """Write the sum of two or more calibrations, one Gram in memory at a time.
 
     A layer that only some parts reached, or have gradients of, keeps what those have. Raises `MismatchError` if the
@@ -66,7 +66,7 @@ def merge_calibration(
             total = torch.zeros(entry.features, entry.features)
             for part in opened:
                 total += _matrix(part, entry)
-            progress(Step("merge", next(done), len(entries), entry.layers[0]))
+            progress(Step("merge-calibration", next(done), len(entries), entry.layers[0]))
             return pack_lower(total)
 
         folder = stack.enter_context(new_folder(output, overwrite=overwrite))
@@ -84,7 +84,7 @@ def merge_calibration(
                 "loss": _common_loss(opened),
             },
         )
-    return MergeResult(
+    return MergedCalibration(
         output=output,
         parts=len(parts),
         samples=sum(record.samples for record in manifest.data),

@@ -16,7 +16,7 @@ from emloc_tools.files.manifest import (
     DataRecord,
     EmulatorManifest,
     FactoredLayer,
-    Weighting,
+    WeightingRecord,
     made_by,
 )
 from emloc_tools.files.packing import pack_lower
@@ -89,7 +89,7 @@ def save_emulator(
     dtype: torch.dtype = torch.float32,
     max_shard_size: int = 1 << 40,
     config: dict[str, Any] | None = None,
-    weighting: Weighting | None = None,
+    weighting: WeightingRecord | None = None,
 ) -> EmulatorManifest:
     """Every layer factored with rank 2; a dense embedding, and a bias on `block.0.up`. Calibrated if weighted."""
     folder.mkdir()

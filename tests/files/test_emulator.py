@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from emloc_tools.errors import FormatError
 from emloc_tools.files import tensor_file
 from emloc_tools.files.emulator import Emulator
-from emloc_tools.files.manifest import Weighting
+from emloc_tools.files.manifest import WeightingRecord
 from emloc_tools.files.opening import open_regular
 from tests.files.making import SHAPES, factors, save_emulator
 
@@ -52,11 +52,11 @@ def test_factors_and_dense_tensors_are_read_as_they_were_written(
 
 
 def test_a_weighted_emulator_is_read_with_its_weighting_and_an_unweighted_one_has_none(tmp_path: Path) -> None:
-    manifest = save_emulator(tmp_path / "weighted", weighting=Weighting(damping=0.1, sensitivity={}))
+    manifest = save_emulator(tmp_path / "weighted", weighting=WeightingRecord(damping=0.1, sensitivity={}))
     save_emulator(tmp_path / "plain")
     weighted, plain = Emulator(tmp_path / "weighted"), Emulator(tmp_path / "plain")
     assert weighted.manifest == manifest
-    assert (weighted.weighting, plain.weighting) == (Weighting(damping=0.1, sensitivity={}), None)
+    assert (weighted.weighting, plain.weighting) == (WeightingRecord(damping=0.1, sensitivity={}), None)
     for ours, theirs in zip(weighted.factors("block.0.up"), plain.factors("block.0.up"), strict=True):
         assert torch.equal(ours, theirs)  # they are used alike
     weighted.close()
@@ -80,14 +80,14 @@ def test_a_weighted_emulator_is_read_with_its_weighting_and_an_unweighted_one_ha
 def test_a_weighting_that_does_not_fit_its_version_is_refused(
     tmp_path: Path, update: Callable[[Any], object], rule: str, field: str
 ) -> None:
-    save_emulator(tmp_path / "e", weighting=Weighting(damping=0.1, sensitivity={}))
+    save_emulator(tmp_path / "e", weighting=WeightingRecord(damping=0.1, sensitivity={}))
     change(tmp_path / "e" / "emulator.json", update)
     error = refused(tmp_path / "e")
     assert (error.rule, error.field) == (rule, field)
 
 
 def test_a_configuration_of_another_version_than_the_manifest_is_refused(tmp_path: Path) -> None:
-    for name, weighting, other in (("one", None, 2), ("two", Weighting(damping=0.1, sensitivity={}), 1)):
+    for name, weighting, other in (("one", None, 2), ("two", WeightingRecord(damping=0.1, sensitivity={}), 1)):
         save_emulator(tmp_path / name, weighting=weighting)
         change(tmp_path / name / "config.json", lambda c, other=other: c["emloc"].update(format_version=other))
         error = refused(tmp_path / name)
@@ -159,6 +159,9 @@ def test_a_shard_that_holds_more_than_the_index_says_is_refused_before_any_tenso
         (lambda c: c["auto_map"].update(AutoModel="a/b--modeling_emloc.EmlocX"), "E12", "auto_map.AutoModel"),
         (lambda c: c["auto_map"].update(AutoModel="modeling_emloc.EmlocX\n"), "E12", "auto_map.AutoModel"),
         (lambda c: c["auto_map"].update(AutoModel="absent.EmlocX"), "E12", "auto_map.AutoModel"),
+        (lambda c: c["auto_map"].update(AutoConfig="modeling_emloc.EmlocX"), "E12", "auto_map.AutoConfig"),
+        (lambda c: c["auto_map"].update(AutoTokenizer="modeling_emloc.EmlocX"), "E12", "auto_map.AutoTokenizer"),
+        (lambda c: c["auto_map"].update({"": "modeling_emloc.EmlocX"}), "E12", "auto_map."),
         (lambda c: c.update(quantization_config=None), "E13", "quantization_config"),
     ],
 )

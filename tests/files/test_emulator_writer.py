@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from emloc_tools.errors import UnsupportedError
 from emloc_tools.files.emulator import Emulator
 from emloc_tools.files.emulator_writer import EmulatorWriter
-from emloc_tools.files.manifest import Weighting
+from emloc_tools.files.manifest import WeightingRecord
 from emloc_tools.files.tensors import TensorSpec
 from tests.files.making import SHAPES, save_emulator
 
@@ -39,7 +39,7 @@ def test_the_base_s_configuration_keeps_its_keys_values_and_order(tmp_path: Path
 
 def test_a_weighting_makes_version_2_and_changes_nothing_else_in_the_folder(tmp_path: Path) -> None:
     save_emulator(tmp_path / "plain")
-    save_emulator(tmp_path / "weighted", weighting=Weighting(damping=0.05, sensitivity={}))
+    save_emulator(tmp_path / "weighted", weighting=WeightingRecord(damping=0.05, sensitivity={}))
     plain, weighted = (
         {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("plain", "weighted")
     )

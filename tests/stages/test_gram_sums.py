@@ -16,7 +16,7 @@ from emloc_tools.files.calibration import GramSpool
 from emloc_tools.models.data import Batch
 from emloc_tools.models.units import Unit
 from emloc_tools.records import Layer, Step
-from emloc_tools.stages.gram_sums import Statistics
+from emloc_tools.stages.gram_sums import GramSums
 from tests.stages.reference import close_to
 
 
@@ -42,15 +42,15 @@ LAYERS = [
 
 
 @pytest.fixture
-def gather(tmp_path: Path) -> Callable[..., Statistics]:
+def gather(tmp_path: Path) -> Callable[..., GramSums]:
     """Run calls of a `Fork` as if each were a batch that leaves its only unit at the end."""
 
-    def run(model: Fork, calls: list[tuple[torch.Tensor, torch.Tensor]], steps: list[Step] | None = None) -> Statistics:
+    def run(model: Fork, calls: list[tuple[torch.Tensor, torch.Tensor]], steps: list[Step] | None = None) -> GramSums:
         stream: Any = SimpleNamespace(model=model, current=0, units=["unit"])
         unit = Unit("unit", model, 0, [])
         batches = [Batch({}, None, None) for _ in calls]
         progress = [].append if steps is None else steps.append
-        statistics = Statistics(stream, LAYERS, batches, GramSpool(tmp_path / "spool"), progress)
+        statistics = GramSums(stream, LAYERS, batches, GramSpool(tmp_path / "spool"), progress)
         with torch.no_grad():
             for stream.current, (x, other) in enumerate(calls):
                 model(x, other)
@@ -62,7 +62,7 @@ def gather(tmp_path: Path) -> Callable[..., Statistics]:
     return run
 
 
-def unpacked(statistics: Statistics) -> dict[str, tuple[str, int, torch.Tensor]]:
+def unpacked(statistics: GramSums) -> dict[str, tuple[str, int, torch.Tensor]]:
     """Side, tokens and Gram of each layer."""
     found = {}
     for entry in statistics.entries():
@@ -73,7 +73,7 @@ def unpacked(statistics: Statistics) -> dict[str, tuple[str, int, torch.Tensor]]
     return found
 
 
-def test_a_layer_s_gram_is_the_sum_over_all_sets_that_it_was_seen_in(gather: Callable[..., Statistics]) -> None:
+def test_a_layer_s_gram_is_the_sum_over_all_sets_that_it_was_seen_in(gather: Callable[..., GramSums]) -> None:
     x, y, z = torch.randn(5, 3), torch.randn(4, 3), torch.randn(4, 3)
     statistics = gather(Fork(), [(x, x), (y, z)])
     grams = unpacked(statistics)
@@ -84,14 +84,14 @@ def test_a_layer_s_gram_is_the_sum_over_all_sets_that_it_was_seen_in(gather: Cal
         assert close_to(G, x.T @ x + other.T @ other) < 1e-6
 
 
-def test_layers_that_always_read_one_tensor_have_one_gram(gather: Callable[..., Statistics]) -> None:
+def test_layers_that_always_read_one_tensor_have_one_gram(gather: Callable[..., GramSums]) -> None:
     x, y = torch.randn(5, 3), torch.randn(4, 3)
     statistics = gather(Fork(), [(x, x), (y, y)])
     assert sorted(entry.layers for entry in statistics.entries()) == [("a", "b"), ("narrow",)]
     assert close_to(unpacked(statistics)["b"][2], x.T @ x + y.T @ y) < 1e-6
 
 
-def test_outputs_count_without_their_bias(gather: Callable[..., Statistics]) -> None:
+def test_outputs_count_without_their_bias(gather: Callable[..., GramSums]) -> None:
     model, x = Fork(), torch.randn(50, 3)
     with torch.no_grad():
         model.narrow.bias.fill_(100.0)  # taking it off rounded outputs again would leave few digits
@@ -101,7 +101,7 @@ def test_outputs_count_without_their_bias(gather: Callable[..., Statistics]) -> 
     assert close_to(G, Y.T @ Y) < 1e-6
 
 
-def test_a_change_of_the_input_afterwards_does_not_reach_the_gram(gather: Callable[..., Statistics]) -> None:
+def test_a_change_of_the_input_afterwards_does_not_reach_the_gram(gather: Callable[..., GramSums]) -> None:
     class Overwriting(Fork):
         def forward(self, x: torch.Tensor, other: torch.Tensor) -> None:
             super().forward(x, other)
@@ -112,18 +112,18 @@ def test_a_change_of_the_input_afterwards_does_not_reach_the_gram(gather: Callab
     assert close_to(unpacked(gather(Overwriting(), [(x, x)]))["a"][2], expected) < 1e-6
 
 
-def test_data_that_are_not_finite_name_the_layer(gather: Callable[..., Statistics]) -> None:
+def test_data_that_are_not_finite_name_the_layer(gather: Callable[..., GramSums]) -> None:
     x = torch.randn(5, 3)
     with pytest.raises(NumericalError, match="the data of layer b hold NaN or infinity"):
         gather(Fork(), [(x, x * float("inf"))])
 
 
-def test_data_that_reach_no_layer_are_refused(gather: Callable[..., Statistics]) -> None:
+def test_data_that_reach_no_layer_are_refused(gather: Callable[..., GramSums]) -> None:
     with pytest.raises(InputError, match="no sample reached any of the chosen layers"):
         gather(Fork(), [])
 
 
-def test_the_progress_counts_units(gather: Callable[..., Statistics]) -> None:
+def test_the_progress_counts_units(gather: Callable[..., GramSums]) -> None:
     steps: list[Step] = []
     gather(Fork(), [(torch.randn(5, 3), torch.randn(5, 3))], steps)
     assert steps == [Step("calibrate", 1, 1, "unit")]

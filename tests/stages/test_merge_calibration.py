@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from emloc_tools.errors import InputError, MismatchError, UnsupportedError
+from emloc_tools.records import Step
 from emloc_tools.stages.calibrate import calibrate
 from emloc_tools.stages.merge_calibration import merge_calibration
 from tests import pico
@@ -52,7 +53,11 @@ def other_part(case: Case, root: Path, *, base: Path | None = None, targets: str
 
 
 def test_halves_add_up_to_the_whole_and_one_half_does_not(llama: Case, halves: Halves, tmp_path: Path) -> None:
-    result = merge_calibration(parts=[halves.first, halves.second], output=tmp_path / "merged")
+    steps: list[Step] = []
+    result = merge_calibration(parts=[halves.first, halves.second], output=tmp_path / "merged", progress=steps.append)
+    assert [(step.title, step.done) for step in steps] == [
+        ("merge-calibration", number) for number in range(1, result.grams + 1)
+    ]
     whole, merged, half = (read_grams(path) for path in (llama.calibration, tmp_path / "merged", halves.first))
     assert merged.keys() == whole.keys()
     for name, (side, tokens, G, tensor) in merged.items():

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from emloc_tools.errors import InputError, NumericalError, UnsupportedError
 from emloc_tools.files.calibration import GramSpool
+from emloc_tools.linalg.cross_entropy import IGNORED, summed_cross_entropy
 from emloc_tools.linalg.gram import accumulate
 from emloc_tools.models.backward import BackwardLockStep
 from emloc_tools.models.data import Batch
@@ -92,7 +92,6 @@ def batch_loss(batch: Batch, output: Any, model: nn.Module) -> torch.Tensor:
                 "give none, and a narrow --dtype can overflow"
             )
         return loss.reshape(())
-    logits, ids = output.logits, batch.inputs["input_ids"]
-    wanted = batch.targets[:, 1:].to(logits.device)
-    labels = ids[:, 1:].to(logits.device)[wanted]
-    return F.cross_entropy(logits[:, :-1][wanted].float(), labels, reduction="sum")
+    labels = torch.full_like(batch.targets, IGNORED, dtype=torch.int64)
+    labels[:, :-1] = batch.inputs["input_ids"][:, 1:].masked_fill(~batch.targets[:, 1:], IGNORED)
+    return summed_cross_entropy(output.logits, labels.to(output.logits.device))

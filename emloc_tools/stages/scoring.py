@@ -15,12 +15,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from emloc_tools.errors import InputError, NumericalError
+from emloc_tools.linalg.cross_entropy import ROWS_PER_SOFTMAX
 from emloc_tools.models.data import Batch
 from emloc_tools.models.lora import LoraPair, attach_loras
 from emloc_tools.models.stream import LockStep
 from emloc_tools.models.weights import ModelWeights
 
-ROWS_PER_SOFTMAX = 512  # bounds the float32 copy of the logits: 512 x 128256 x 4 bytes = 263 MB
 TOKENS_IN_FLIGHT = 65536  # activations of so many tokens are held while the model streams by once
 
 Guard = Callable[[nn.Module, Iterable[str]], AbstractContextManager[None]]

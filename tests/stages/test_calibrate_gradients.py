@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from emloc_tools.errors import InputError, NumericalError, UnsupportedError
+from emloc_tools.linalg import cross_entropy
 from emloc_tools.stages.calibrate import CalibrationResult, calibrate
 from tests import pico
 from tests.stages.conftest import MAX_LENGTH, Case
@@ -52,6 +53,17 @@ def test_gradients_of_texts_are_those_of_the_model_in_memory(
     manifest = read_json(case.calibration / "calibration.json")
     assert (manifest["format_version"], manifest["loss"]) == (2, "next-token")
     assert case.result.gradients == len(linears(case.model))
+
+
+def test_a_loss_in_many_chunks_has_the_same_gradients(
+    llama: Case, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(cross_entropy, "ROWS_PER_SOFTMAX", 3)
+    with_gradients(llama, llama.data, tmp_path / "calibration", batch_size=2)
+    samples = pico.token_ids(llama.data, llama.base, MAX_LENGTH)
+    assert min(len(ids) for ids in samples) > 2 * 3, "several chunks"
+    expected = gradient_moments(llama.model, [next_token_loss((ids, 0)) for ids in samples])
+    assert_moments(tmp_path / "calibration", expected)
 
 
 @pytest.mark.parametrize("family", TEXT_FAMILIES)

@@ -148,6 +148,7 @@ def _emulator() -> list[Bad]:
         ),
         in_config("E11", "stock-class", "architectures", lambda c: c.update(architectures=["LlamaForCausalLM"])),
         in_config("E12", "code-from-elsewhere", "auto_map.AutoModelForCausalLM", _remote_code),
+        in_config("E12", "code-for-the-tokenizer", "auto_map.AutoTokenizer", _tokenizer_code),
         Bad("E12", "code-missing", source, config, "auto_map.AutoModelForCausalLM", remove("modeling_emloc.py")),
         in_config("E13", "quantised", "quantization_config", lambda c: c.update(quantization_config={})),
         in_manifest("E14", "wrong-sum", "parameters", lambda m: m.update(parameters=m["parameters"] + 1)),
@@ -244,6 +245,10 @@ def _unlisted(index: dict[str, Any]) -> None:
 
 def _remote_code(config: dict[str, Any]) -> None:
     config["auto_map"]["AutoModelForCausalLM"] = "someone/else--modeling_emloc.EmlocLlamaForCausalLM"
+
+
+def _tokenizer_code(config: dict[str, Any]) -> None:
+    config["auto_map"]["AutoTokenizer"] = "modeling_emloc.EmlocTokenizer"
 
 
 def _forget_head(manifest: dict[str, Any]) -> None:

@@ -63,8 +63,9 @@ def evaluate(
     """Evaluate `base`, `emulator`, or both, each without an adapter and with every one of `adapters`.
 
     Targets are all tokens of a `text` or a chat, and the completion of a `prompt`. A corrected adapter belongs to the
-    base and is not run on the emulator. All variants of a model share one pass over its weights; peak memory is that of
-    one unit and the activations. Raises `UnsupportedError` for models that do not predict the next token.
+    base and is not run on the emulator. `trust_remote_code` is for the base's code alone; an emulator's is never run.
+    All variants of a model share one pass over its weights; peak memory is that of one unit and the activations. Raises
+    `UnsupportedError` for models that do not predict the next token.
     """
     if base is None and emulator is None:
         raise InputError("give --base, --emulator or both")
@@ -93,7 +94,7 @@ def evaluate(
             max_length=max_length,
             batch_size=batch_size,
             seed=seed,
-            trust_remote_code=trust_remote_code,
+            trust_remote_code=trust_remote_code and not target.is_emulator,
         )
         target_counts(batches)
         jobs.append((target, usable, batches))

@@ -91,7 +91,7 @@ def correct(
     require_artifact(emulator, EMULATOR, "an emulator")
     require_artifact(adapter, ADAPTER, "a PEFT adapter")
     if output is not None:
-        require_apart(output, [emulator, adapter, Path(base)])
+        require_apart(output, [emulator, adapter, Path(base), *([data] if data else [])])
         check_output(output, overwrite=overwrite)
     if clamp is not None and not 0 < clamp < math.inf:
         raise InputError(f"--clamp {clamp:g} must be a number above 0, such as {CLAMP:g}, or none for no limit")
@@ -228,5 +228,5 @@ def _config(trained: Mapping[str, Any], base: str, revision: str | None, base_cl
             "base_model_class": base_class.__name__,
             "parent_library": base_class.__module__,
         }
-    config["init_lora_weights"] = True  # pairs are complete; other inits would try to rewrite the base on loading
+    config["init_lora_weights"] = True  # pairs are complete; other inits would only compute what they replace
     return config

@@ -22,6 +22,7 @@ from typing import Any
 from emloc_tools.errors import EmlocError, InputError
 from emloc_tools.files.folders import check_output, new_folder, write_json, write_text
 from emloc_tools.records import Progress, Step, silent
+from emloc_tools.stages.refusals import require_apart
 
 RATIOS = (0.25, 0.1)
 LENGTH = 256  # tokens of a sample, in every stage
@@ -101,6 +102,7 @@ def demo(
     which a tenth is held out. `upper_bound` also trains a LoRA on the base itself, which needs memory for all of it.
     Raises `InputError` for unusable options, and `EmlocError` with the message of a stage that failed.
     """
+    require_apart(output, [Path(path) for path in (base, data) if path is not None])
     check_output(output, overwrite=overwrite)
     if (base is None) != (data is None):
         raise InputError("--base and --data go together: give both, or neither for the model and data that are shipped")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import reprlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -23,15 +25,24 @@ KINDS = {
     "use_qalora": "QA-LoRA pools its inputs",
     "alora_invocation_tokens": "an activated LoRA acts on some tokens only",
     "layer_replication": "replicated layers have no counterpart in the base",
+    "kasa_config": "KaSA cuts small singular values off the base weights",
 }
+# These leave the base's weights alone. The others of PEFT 0.21 (pissa, pissa_niter_N, olora, corda, loftq, lora_ga)
+# train beside `W - s B₀ A₀` or a quantised W, which PEFT makes from W again, or forgets, when it loads the adapter.
+PLAIN_INITS = ("gaussian", "orthogonal", "eva", "mica")
 
 
 def require_apart(output: Path, inputs: Iterable[Path]) -> None:
-    """Refuse an output that is or holds one of the inputs: to replace it would delete what was read."""
+    """Refuse an output that is or holds one of the inputs: to replace it would delete what was read.
+
+    An input that begins with `~` may be meant as it stands, or in a home as `open_source` reads it; neither may go.
+    """
     target = output.resolve()
     for path in inputs:
-        if target in (path.resolve(), *path.resolve().parents) and path.exists():
-            raise InputError(f"--output {output} would replace the input {path}; choose another --output")
+        # Path.expanduser raises where there is no such home; os.path leaves a name such as `~draft.jsonl` as it is.
+        for meant in {path, Path(os.path.expanduser(path))}:  # noqa: PTH111
+            if target in (meant.resolve(), *meant.resolve().parents) and meant.exists():
+                raise InputError(f"--output {output} would replace the input {path}; choose another --output")
 
 
 def require_artifact(path: Path, marker: str, what: str) -> None:
@@ -63,6 +74,13 @@ def require_plain_lora(adapter: Adapter) -> None:
     for key, reason in KINDS.items():
         if adapter.config.get(key):
             raise UnsupportedError(f"{adapter.folder} was trained with {key}: {reason}; use plain LoRA or rsLoRA")
+    init = adapter.config.get("init_lora_weights")
+    if not (init is None or isinstance(init, bool) or (isinstance(init, str) and init.lower() in PLAIN_INITS)):
+        raise UnsupportedError(
+            f"{adapter.folder} was trained with init_lora_weights={reprlib.repr(init)}, which rewrites the weights "
+            "of the model that it trains on; convert it to a plain LoRA with PEFT first (save_pretrained with "
+            "path_initial_model_for_weight_conversion), or train with init_lora_weights=True"
+        )
     bias = adapter.config.get("bias", "none")
     if bias != "none":
         raise UnsupportedError(

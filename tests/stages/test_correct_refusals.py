@@ -133,6 +133,18 @@ def test_an_output_in_the_place_of_an_input_is_refused(run: Run, place: str) -> 
     assert contents(folder) == before
 
 
+def test_an_output_in_the_place_of_the_data_is_refused(run: Run, tmp_path: Path) -> None:
+    output = tmp_path / "corrected"
+    correct(emulator=run.emulator, adapter=run.adapter, base=str(run.base), output=output)
+    data = output / "heldout.jsonl"
+    data.write_bytes(run.data.read_bytes())
+    before = contents(output)
+    options: dict[str, Any] = {"emulator": run.emulator, "adapter": run.adapter, "base": str(run.base)}
+    with pytest.raises(InputError, match=r"would replace the input .*heldout\.jsonl"):
+        correct(**options, data=data, output=output, overwrite=True)
+    assert contents(output) == before
+
+
 def test_an_adapter_for_another_emulator_of_the_base_is_taken_but_differs(run: Run, tmp_path: Path) -> None:
     """Adapters do not say which emulator they were trained on; the manifest records the one that was used."""
     build_emulator(base=str(run.base), calibration=run.calibration, ratio=0.2, output=tmp_path / "emulator")

@@ -21,7 +21,12 @@ EXAMPLE = """Example:
 @options.base_options()
 @options.data_options(samples=64)
 @options.layer_options
-@click.option("--gradients", is_flag=True, help="Also record what the loss minds; takes about three times as long.")
+@click.option(
+    "--gradients",
+    is_flag=True,
+    help="Also record what the loss minds. Takes several times as long, and for a while disk space beside --output: "
+    "about tokens x hidden size x (blocks + 5) x 2 bytes (4 in float32).",
+)
 @options.device_options("auto", "Precision of the forward pass.  [default: that of the base]")
 @options.shard_option
 @options.output_options

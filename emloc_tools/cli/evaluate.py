@@ -49,7 +49,8 @@ def evaluate(
     """Measure loss and accuracy, with and without LoRAs.
 
     Give --base, --emulator or both; every --adapter is tried on each (a corrected one on the base alone). Of a prompt
-    and completion, the completion counts. Models are read once, block by block, and may be larger than memory.
+    and completion, the completion counts. Models are read block by block and may be larger than memory. A pass over
+    the model is for all LoRAs, but for 65,000 tokens at most, which count once for every LoRA and once without.
     """
     from emloc_tools.cli import console
     from emloc_tools.stages.evaluate import evaluate as run

@@ -34,8 +34,8 @@ def truncate(
 ) -> None:
     """Cut a smaller emulator out of a larger one.
 
-    Needs neither the base nor the data, and equals a new build of that size. Exactly one of --ratio, --params and
-    --size is needed; they mean what they mean to build-emulator.
+    Needs neither the base nor the data, and equals, up to rounding, a new build of that size; layers that are dense
+    stay dense. Exactly one of --ratio, --params and --size is needed; they mean what they mean to build-emulator.
     """
     from emloc_tools.cli import console, emulators
     from emloc_tools.stages.truncate import truncate as run

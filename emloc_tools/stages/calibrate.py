@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import math
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from emloc_tools.errors import InputError
 from emloc_tools.files.calibration import GramSpool, write_calibration
 from emloc_tools.files.folders import check_output, new_folder
 from emloc_tools.files.manifest import BaseRecord, CalibratedLayer, DataRecord, file_hash, made_by
@@ -19,7 +22,9 @@ from emloc_tools.models.backward import BackwardLockStep
 from emloc_tools.models.base import choose_device, open_base, weight_name
 from emloc_tools.models.data import Batch, count_samples, count_tokens, load_batches
 from emloc_tools.models.layers import select_layers
-from emloc_tools.models.stream import LockStep
+from emloc_tools.models.stream import MAX_UNIT_BYTES, LockStep
+from emloc_tools.models.units import partition
+from emloc_tools.models.weights import ModelWeights
 from emloc_tools.records import Layer, Progress, silent
 from emloc_tools.stages.gradient_sums import GradientSums, batch_loss, loss_of
 from emloc_tools.stages.gram_sums import GramSums
@@ -72,12 +77,12 @@ def calibrate(
     input and output side is kept.
 
     With `gradients` the samples also run backward, and the second moments of the loss gradient at every layer are kept
-    as well. Every weight is then read twice at most, and activations pass through a temporary file beside the output.
-    The loss is that of the next token over the samples' targets (a text, a chat, the completion of a prompt), or for
-    ready inputs with labels that of the model.
+    as well. Every weight is then read twice at most, and activations pass through a temporary file beside the output
+    (see `_activation_bytes`). The loss is that of the next token over the samples' targets (a text, a chat, the
+    completion of a prompt), or for ready inputs with labels that of the model.
 
-    Raises `InputError` for unusable paths, data or patterns, `NumericalError` for NaN or infinity, `UnsupportedError`
-    for gradients of a model without a loss on such data.
+    Raises `InputError` for unusable paths, data or patterns and for too full a disk, `NumericalError` for NaN or
+    infinity, `UnsupportedError` for gradients of a model without a loss on such data.
     """
     check_output(output, overwrite=overwrite)
     require_original(base)
@@ -98,6 +103,8 @@ def calibrate(
     with new_folder(output, overwrite=overwrite) as folder, opened.tensors:
         weights = opened.weights(layers)
         require_own_weights(layers, weights.source_of)
+        if loss is not None:
+            _require_room(folder, output, _activation_bytes(opened.model, weights, batches))
         spool = GramSpool(folder / "spool")
         options = _cheapest(opened.model, layers, batches, loss=gradients)
         calls = [_forward(opened.model, batch, torch.device(device), options) for batch in batches]
@@ -157,6 +164,29 @@ def calibrate(
         unreached=manifest.unreached,
         bytes_read=opened.tensors.bytes_read,
     )
+
+
+def _activation_bytes(model: Any, weights: ModelWeights, batches: Sequence[Batch]) -> int:
+    """What a backward run writes to disk, at most about: tokens · hidden size · bytes of a number · (units + 2).
+
+    Units are the model's blocks, and what lies around them (embeddings, last norm, head); padding counts as tokens do.
+    0 for a model that has no one hidden size.
+    """
+    units, _ = partition(model, weights, MAX_UNIT_BYTES)
+    hidden = getattr(model.config.get_text_config(), "hidden_size", 0)
+    tokens = sum(next(iter(batch.inputs.values())).shape[:2].numel() for batch in batches)
+    return int(tokens * hidden * model.dtype.itemsize * (len(units) + 2))
+
+
+def _require_room(folder: Path, output: Path, needed: int) -> None:
+    """Refuse what a full disk would end late."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise InputError(
+            f"gradients need about {math.ceil(needed / 1e6):,} MB beside {output} for activations, and "
+            f"{free // 10**6:,} MB are free there; choose fewer --samples, a shorter --max-length, or an --output on a "
+            "larger disk"
+        )
 
 
 def _cheapest(model: Any, layers: Sequence[Layer], batches: Sequence[Batch], *, loss: bool) -> dict[str, Any]:

@@ -1,7 +1,8 @@
-"""Losses per sample of a streamed model with several adapters, all in one pass over its weights.
+"""Losses per sample of a streamed model with several adapters, in as few passes over its weights as memory allows.
 
-Every batch runs once without and once with each adapter; the runs go through the model in lock-step. Many runs are cut
-into waves, between which the model is read again, so that memory is bounded whatever the data are.
+Every batch runs once without and once with each adapter; the runs go through the model in lock-step. They are cut into
+waves of `TOKENS_IN_FLIGHT`, and the model is read once for each wave, so that memory is bounded whatever the data are:
+`N` tokens and `k` adapters take about `N · (k + 1) / TOKENS_IN_FLIGHT` passes.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from emloc_tools.models.lora import LoraPair, attach_loras
 from emloc_tools.models.stream import LockStep
 from emloc_tools.models.weights import ModelWeights
 
-TOKENS_IN_FLIGHT = 65536  # activations of so many tokens are held while the model streams by once
+# Activations of so many tokens are held while the model streams by once: a hidden state of each, 0.5 GB for a hidden
+# size of 4096 in bfloat16, and what the model's own code keeps between blocks. A larger batch has a pass of its own.
+TOKENS_IN_FLIGHT = 65536
 
 Guard = Callable[[nn.Module, Iterable[str]], AbstractContextManager[None]]
 
@@ -31,12 +34,13 @@ class Scores:
     """What a model made of each sample's target tokens, all `(samples,)`.
 
     `losses` are sums in nats, float64; `right` counts the tokens that were predicted rightly, out of `tokens`, int64.
-    Samples without a target stay in, with zeros.
+    Samples without a target stay in, with zeros. `passes` says how many times the model was read, for all adapters.
     """
 
     losses: torch.Tensor
     right: torch.Tensor
     tokens: torch.Tensor
+    passes: int
 
     @property
     def loss(self) -> float:
@@ -74,7 +78,7 @@ def score(
     guard: Guard,
     progress: Callable[[int, int], None],
 ) -> list[Scores]:
-    """The scores without adapter, and then with each one; `progress(done, total)` counts units.
+    """The scores without adapter, and then with each one; `progress(done, total)` counts units over all passes.
 
     Adapters that share their tensors cost no memory of their own. `guard` turns complaints about the inputs into
     messages. Raises `InputError` for data without targets, `NumericalError` for a loss that is not finite.
@@ -113,7 +117,7 @@ def score(
     stream.close()
     if not torch.isfinite(losses).all():
         raise NumericalError(f"{name}: the loss is not finite; try --dtype float32")
-    return [Scores(loss, hits, counts) for loss, hits in zip(losses, right, strict=True)]
+    return [Scores(loss, hits, counts, len(waves)) for loss, hits in zip(losses, right, strict=True)]
 
 
 def _starts(batches: Sequence[Batch]) -> list[int]:

@@ -40,6 +40,8 @@ def truncate(
 ) -> WrittenEmulator:
     """Write a smaller emulator: factors are sorted, so each layer's are a prefix of the larger emulator's.
 
+    Equals, up to rounding, a new build of that size. Layers that are dense stay dense.
+
     The budget is given as for `build_emulator`, and is spent by the allocation of the larger emulator: uniform, or
     adaptive by the energies that S holds. Errors in the manifest follow from S, to the precision of its dtype.
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from emloc_tools.errors import InputError, NumericalError, UnsupportedError
+from emloc_tools.files.tensors import TensorFolder
 from emloc_tools.linalg import cross_entropy
+from emloc_tools.models.backward import BackwardLockStep
+from emloc_tools.stages import calibrate as stage
 from emloc_tools.stages.calibrate import CalibrationResult, calibrate
 from tests import pico
 from tests.stages.conftest import MAX_LENGTH, Case
@@ -211,6 +217,50 @@ def test_an_interrupted_run_leaves_nothing(llama: Case, tmp_path: Path, error: t
     with pytest.raises(error):
         with_gradients(llama, llama.data, tmp_path / "calibration", progress=stop)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_too_small_for_the_activations_is_refused_before_a_weight_is_read(
+    llama: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = sum(len(ids) for ids in pico.token_ids(llama.data, llama.base, MAX_LENGTH))
+    config = llama.model.config
+    units = config.num_hidden_layers + 3  # with embeddings, last norm and head
+    needed = tokens * config.hidden_size * 4 * (units + 2)
+    free, read = needed - 1, []
+    original = TensorFolder.read
+
+    def counted(self: TensorFolder, name: str, *rest: Any) -> torch.Tensor:
+        read.append(name)
+        return original(self, name, *rest)
+
+    monkeypatch.setattr(TensorFolder, "read", counted)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    numbers = rf"about {math.ceil(needed / 1e6)} MB beside .*/calibration .* {free // 10**6} MB are free there"
+    with pytest.raises(InputError, match=rf"{numbers}; choose fewer --samples, a shorter --max-length, or an --output"):
+        with_gradients(llama, llama.data, tmp_path / "calibration")
+    assert (read, list(tmp_path.iterdir())) == ([], [])
+    with_gradients(llama, llama.data, tmp_path / "plain", gradients=False)  # the controls
+    free = needed
+    with_gradients(llama, llama.data, tmp_path / "calibration")
+    assert read
+
+
+def test_the_activations_on_disk_are_those_of_at_most_three_units_less_than_estimated(
+    llama: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    estimates, streams = [], []
+    monkeypatch.setattr(stage, "_require_room", lambda folder, output, needed: estimates.append(needed))
+
+    class Kept(BackwardLockStep):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            streams.append(self)
+
+    monkeypatch.setattr(stage, "BackwardLockStep", Kept)
+    with_gradients(llama, llama.data, tmp_path / "calibration", batch_size=1)
+    tokens = sum(len(ids) for ids in pico.token_ids(llama.data, llama.base, MAX_LENGTH))
+    one_unit = tokens * llama.model.config.hidden_size * 4
+    assert estimates[0] - 3 * one_unit < streams[0].spilled <= estimates[0]
 
 
 def test_nothing_is_left_of_the_activations_on_disk(llama: Case, tmp_path: Path) -> None:

@@ -213,8 +213,6 @@ def _restore(output: Path, backup: Path, cause: BaseException) -> None:
 def _sync_tree(root: Path) -> None:
     """Make every file and folder below `root`, and its own entries, durable, whoever wrote them."""
     for path in [*root.rglob("*"), root]:
-        if path.is_symlink():
-            continue
         if path.is_dir():
             _sync_folder(path)
         elif path.is_file():

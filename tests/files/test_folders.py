@@ -320,6 +320,22 @@ def test_two_runs_of_one_process_do_not_disturb_each_other(tmp_path: Path) -> No
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_a_parent_that_cannot_be_listed_can_still_be_written_into(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left, listing = killed(tmp_path / "out"), Path.iterdir
+
+    def denied(self: Path) -> Iterator[Path]:
+        if self == tmp_path:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return listing(self)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "iterdir", denied)
+        produce(tmp_path / "out", overwrite=False)
+    assert tree(tmp_path) == {"out/content": "new", f"{left.name}/calibration.json": "of the child"}
+
+
 def test_where_folders_cannot_be_locked_nothing_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     left = killed(tmp_path / "out")
 

@@ -84,9 +84,9 @@ def calibrate(
     Raises `InputError` for unusable paths, data or patterns and for too full a disk, `NumericalError` for NaN or
     infinity, `UnsupportedError` for gradients of a model without a loss on such data.
     """
-    check_output(output, overwrite=overwrite)
     require_original(base)
     require_apart(output, [Path(base), data])
+    check_output(output, overwrite=overwrite)
     device = choose_device(device)
     opened = open_base(base, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
     layers = select_layers(opened.model, targets=targets, exclude=exclude)

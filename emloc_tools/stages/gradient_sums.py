@@ -88,8 +88,8 @@ def batch_loss(batch: Batch, output: Any, model: nn.Module) -> torch.Tensor:
             raise UnsupportedError(f"{type(model).__name__} returns no loss for the labels of the ready inputs")
         if not torch.isfinite(loss):
             raise NumericalError(
-                f"{type(model).__name__} returns the loss {float(loss):g} for ready inputs; labels that are all -100 "
-                "give none, and a narrow --dtype can overflow"
+                f"{type(model).__name__} returns the loss {float(loss.detach()):g} for ready inputs; labels that are "
+                "all -100 give none, and a narrow --dtype can overflow"
             )
         return loss.reshape(())
     labels = torch.full_like(batch.targets, IGNORED, dtype=torch.int64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +55,7 @@ def open_source(base: str, *, revision: str | None = None, trust_remote_code: bo
     Honours `HF_HOME`, `HF_TOKEN`, `HF_ENDPOINT` and `HF_HUB_OFFLINE`. Python files are fetched only with
     `trust_remote_code`. Raises `InputError` if the base is neither, or cannot be reached.
     """
-    path = Path(base).expanduser()
+    path = Path(os.path.expanduser(base))  # noqa: PTH111 - Path.expanduser raises where there is no such home
     if path.is_dir():
         if revision is not None:
             raise InputError(f"{base} is a local folder, which has no --revision; leave it out")

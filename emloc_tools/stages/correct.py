@@ -78,8 +78,8 @@ def correct(
     LoRA pairs on layers that the emulator kept dense, and tensors of `modules_to_save`, are passed on as they are.
 
     With `data` the base is measured on these samples, which the LoRA must not have been trained on, with no adapter,
-    the trained and the corrected one; in one pass over its weights, in `dtype`. With `select` the scales of
-    `selection.SCALES` are tried, too, and what is written is chosen by the rule in `stages/selection.py`; its scale is
+    the trained and the corrected one, in passes over its weights that all share, in `dtype`. With `select` the scales
+    of `selection.SCALES` are tried, too, and what is written is chosen by the rule in `stages/selection.py`; its scale is
     multiplied into B. If no adapter at all is chosen, nothing is written: one that does nothing serves nobody, and the
     corrected one, which is worse than nothing here, is to be had without `select`.
 

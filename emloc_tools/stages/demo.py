@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.resources
 import json
+import os
 import random
 import shlex
 import shutil
@@ -228,7 +229,7 @@ def _prepare(folder: Path, base: str | None, data: Path | None) -> str:
             return "base"
     assert data is not None  # goes with a base
     _split(data, folder / "data")
-    path = Path(base).expanduser()
+    path = Path(os.path.expanduser(base))  # noqa: PTH111 - Path.expanduser raises where there is no such home
     return str(path.resolve()) if path.exists() else base
 
 

@@ -64,8 +64,9 @@ def evaluate(
 
     Targets are all tokens of a `text` or a chat, and the completion of a `prompt`. A corrected adapter belongs to the
     base and is not run on the emulator. `trust_remote_code` is for the base's code alone; an emulator's is never run.
-    All variants of a model share one pass over its weights; peak memory is that of one unit and the activations. Raises
-    `UnsupportedError` for models that do not predict the next token.
+    All variants of a model share its passes, one for every `scoring.TOKENS_IN_FLIGHT` tokens, counted once for each
+    variant; peak memory is that of one unit and the activations. Raises `UnsupportedError` for models that do not
+    predict the next token.
     """
     if base is None and emulator is None:
         raise InputError("give --base, --emulator or both")

@@ -54,7 +54,7 @@ def require_artifact(path: Path, marker: str, what: str) -> None:
 
 def require_original(base: str) -> None:
     """Refuse an emulator where the model that it stands for is meant."""
-    if (Path(base).expanduser() / EMULATOR).is_file():
+    if (Path(os.path.expanduser(base)) / EMULATOR).is_file():  # noqa: PTH111
         raise InputError(f"--base {base} is an emulator; pass the model that it was made from, which {EMULATOR} names")
 
 

@@ -79,9 +79,9 @@ def correct(
 
     With `data` the base is measured on these samples, which the LoRA must not have been trained on, with no adapter,
     the trained and the corrected one, in passes over its weights that all share, in `dtype`. With `select` the scales
-    of `selection.SCALES` are tried, too, and what is written is chosen by the rule in `stages/selection.py`; its scale is
-    multiplied into B. If no adapter at all is chosen, nothing is written: one that does nothing serves nobody, and the
-    corrected one, which is worse than nothing here, is to be had without `select`.
+    of `selection.SCALES` are tried, too, and what is written is chosen by the rule in `stages/selection.py`; its scale
+    is multiplied into B. If no adapter at all is chosen, nothing is written: one that does nothing serves nobody, and
+    the corrected one, which is worse than nothing here, is to be had without `select`.
 
     Raises `MismatchError` for a base or an adapter that does not belong to the emulator or is corrected already,
     `UnsupportedError` for kinds of adapters that cannot be corrected, or, with `data`, not be measured, and for models

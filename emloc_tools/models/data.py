@@ -1,4 +1,7 @@
-"""Samples of a downstream task: JSONL with `text`, `messages` or `prompt` and `completion`, or ready model inputs."""
+"""Samples of a downstream task: JSONL with `text`, `messages` or `prompt` and `completion`, or ready model inputs.
+
+For a sequence classifier JSONL has `text`, `text_pair` where there are two, and `label`.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ import torch
 
 from emloc_tools.errors import FormatError, InputError
 from emloc_tools.files.tensors import TensorFile
+from emloc_tools.models.labels import label_id, labels_of
 from emloc_tools.models.limits import Limits, limits_of
 from emloc_tools.models.skeleton import load_config, reason
 from emloc_tools.models.source import Source, first_line
@@ -22,10 +26,16 @@ from emloc_tools.models.source import Source, first_line
 
 @dataclass(frozen=True)
 class Sample:
-    """Token ids of one sample, and the position of the first token that counts in a loss."""
+    """Token ids of one sample, and the position of the first token that counts in a loss.
+
+    `label` is the id of the whole sample's label; `types` tells the two texts of a pair apart, token by token, for
+    models that read it.
+    """
 
     ids: list[int]
     loss_from: int
+    label: int | None = None
+    types: list[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -33,12 +43,13 @@ class Batch:
     """Keyword arguments of the model's forward; which tokens are real, and which are targets of a loss.
 
     `mask (batch, length)` is None where everything is real; `targets (batch, length)` is None for inputs without
-    text samples. Both bool.
+    text samples. Both bool. `labels (batch,)` int64 are those of whole samples; then no token is a target.
     """
 
     inputs: dict[str, torch.Tensor]
     mask: torch.Tensor | None
     targets: torch.Tensor | None
+    labels: torch.Tensor | None = None
 
 
 def load_batches(
@@ -50,18 +61,23 @@ def load_batches(
     batch_size: int,
     seed: int,
     trust_remote_code: bool = False,
+    config: Any = None,
 ) -> list[Batch]:
     """The data of `path` as batches: `samples` of its entries, chosen by `seed` if there are more, in file order.
 
     A `.safetensors` file holds ready inputs named `<n>/<argument>`, one batch for each n. Anything else is JSONL;
-    texts are cut at `max_length` tokens, and at the positions that the model has if those are fewer. Raises
-    `InputError` naming the line or tensor at fault, also where token ids or ready inputs do not fit the model.
+    texts are cut at `max_length` tokens, and at the positions that the model has if those are fewer. A sequence
+    classifier takes a `label` of each record, or of none. `config` is the model's configuration where it is not that
+    in the folder. Raises `InputError` naming the line or tensor at fault, also where token ids, labels or ready inputs
+    do not fit the model.
     """
     if path.is_dir():
         raise InputError(f"{path} is a folder; expected JSONL or a .safetensors file of model inputs")
     if not path.is_file():
         raise InputError(f"{path} does not exist; expected JSONL or a .safetensors file of model inputs")
-    limits = limits_of(load_config(source, trust_remote_code=trust_remote_code))
+    if config is None:
+        config = load_config(source, trust_remote_code=trust_remote_code)
+    limits = limits_of(config)
     if path.suffix == ".safetensors":
         return _ready_inputs(path, samples, seed, limits)
     lines = _choose(list(_line_starts(path)), samples, seed)
@@ -69,10 +85,21 @@ def load_batches(
         raise InputError(f"{path} holds no sample; expected one JSON object per line")
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     longest = min((limit for limit in (max_length, limits.of_texts(tokenizer)) if limit is not None), default=None)
-    encoded = [_encode(path, number, record, tokenizer, longest) for number, record in _records(path, lines)]
+    labels = labels_of(config)
+    if labels is None:
+        encoded = [_encode(path, number, record, tokenizer, longest) for number, record in _records(path, lines)]
+    else:
+        has_types = getattr(config, "type_vocab_size", 0) > 1
+        encoded = [
+            _encode_labelled(path, number, record, tokenizer, longest, labels, has_types)
+            for number, record in _records(path, lines)
+        ]
+        _require_all_or_none(path, lines, encoded)
     for (number, _), sample in zip(lines, encoded, strict=True):
         limits.check_ids(f"{path}:{number}", min(sample.ids), max(sample.ids))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    if labels is not None and config.get_text_config().pad_token_id is not None:
+        pad = config.get_text_config().pad_token_id  # decoders give a sample the logits before its padding, by this id
     groups = (encoded[start : start + batch_size] for start in range(0, len(encoded), batch_size))
     return [_collate(group, pad) for group in groups]
 
@@ -85,6 +112,18 @@ def count_tokens(batches: Sequence[Batch]) -> int:
 def count_samples(batches: Sequence[Batch]) -> int:
     """Samples in all batches: rows of token ids; for inputs without them, the longest first dimension."""
     return sum(_samples(batch.inputs) for batch in batches)
+
+
+def read_labels(path: Path) -> list[object]:
+    """The `label` of every record of a JSONL file, as it stands there. Raises `InputError` for a record without."""
+    if path.suffix == ".safetensors" or not path.is_file():
+        raise InputError(f"{path} is no JSONL file; expected one object with `text` and `label` per line")
+    found = []
+    for number, record in _records(path, list(_line_starts(path))):
+        if "label" not in record:
+            raise InputError(f"{path}:{number}: found the keys {sorted(record)}, expected `text` and `label`")
+        found.append(record["label"])
+    return found
 
 
 def load_tokenizer(source: Source, *, trust_remote_code: bool = False) -> Any:
@@ -158,6 +197,38 @@ def _encode(path: Path, number: int, record: dict[str, Any], tokenizer: Any, max
     return Sample(list(ids), start)
 
 
+def _encode_labelled(
+    path: Path,
+    number: int,
+    record: dict[str, Any],
+    tokenizer: Any,
+    max_length: int | None,
+    labels: Mapping[str, int],
+    has_types: bool,
+) -> Sample:
+    """A record for a sequence classifier: cut as trainers cut it, so that the special tokens at its end stay."""
+    try:
+        if "text" not in record:
+            raise ValueError(f"found the keys {sorted(record)}, expected `text` and `label`")
+        pair = _text(record, "text_pair") if "text_pair" in record else None
+        label = label_id(record["label"], labels) if "label" in record else None
+        cut = {"truncation": True, "max_length": max_length} if max_length is not None else {}
+        found = tokenizer(_text(record, "text"), pair, return_token_type_ids=has_types and pair is not None, **cut)
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{path}:{number}: {first_line(error)}") from error
+    if not found["input_ids"]:
+        raise InputError(f"{path}:{number}: the text is empty")
+    types = found.get("token_type_ids")
+    return Sample(list(found["input_ids"]), len(found["input_ids"]), label, None if types is None else list(types))
+
+
+def _require_all_or_none(path: Path, lines: Sequence[tuple[int, int]], samples: Sequence[Sample]) -> None:
+    """A label is missing by mistake where other records have one."""
+    missing = [number for (number, _), sample in zip(lines, samples, strict=True) if sample.label is None]
+    if missing and len(missing) < len(samples):
+        raise InputError(f"{path}:{missing[0]}: has no `label`, although other records have one")
+
+
 def _texts(record: dict[str, Any], tokenizer: Any) -> tuple[str, str, bool]:
     """The part of a record that a loss skips, the whole text, and whether special tokens are to be added."""
     if "messages" in record:
@@ -202,9 +273,16 @@ def _collate(samples: Sequence[Sample], pad: int) -> Batch:
         ids[row, : len(sample.ids)] = torch.tensor(sample.ids)
         mask[row, : len(sample.ids)] = True
         targets[row, sample.loss_from : len(sample.ids)] = True
+    inputs = {"input_ids": ids}
+    if any(sample.types is not None for sample in samples):
+        inputs["token_type_ids"] = torch.zeros_like(ids)
+        for row, sample in enumerate(samples):
+            inputs["token_type_ids"][row, : len(sample.ids)] = torch.tensor(sample.types or [0])
+    labels = [sample.label for sample in samples if sample.label is not None]
+    known = torch.tensor(labels) if labels else None
     if mask.all():
-        return Batch({"input_ids": ids}, None, targets)
-    return Batch({"input_ids": ids, "attention_mask": mask.long()}, mask, targets)
+        return Batch(inputs, None, targets, known)
+    return Batch({**inputs, "attention_mask": mask.long()}, mask, targets, known)
 
 
 def _ready_inputs(path: Path, samples: int | None, seed: int, limits: Limits) -> list[Batch]:

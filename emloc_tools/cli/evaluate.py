@@ -49,8 +49,9 @@ def evaluate(
     """Measure loss and accuracy, with and without LoRAs.
 
     Give --base, --emulator or both; every --adapter is tried on each (a corrected one on the base alone). Of a prompt
-    and completion, the completion counts. Models are read block by block and may be larger than memory. A pass over
-    the model is for all LoRAs, but for 65,000 tokens at most, which count once for every LoRA and once without.
+    and completion, the completion counts; of a text for a sequence classifier, its label. Models are read block by
+    block and may be larger than memory. A pass over the model is for all LoRAs, but for 65,000 tokens at most, which
+    count once for every LoRA and once without.
     """
     from emloc_tools.cli import console
     from emloc_tools.stages.evaluate import evaluate as run
@@ -85,14 +86,25 @@ def _draw(out: Console, results: Sequence[Evaluation]) -> None:
             "model": result.model,
             "adapter": result.adapter or "none",
             "loss": f"{result.loss:.4f}",
-            "perplexity": f"{result.perplexity:.4g}",
-            "token accuracy": f"{result.accuracy:.1%}",
-            **({"exact": f"{result.exact:.1%}"} if answers else {}),
-            "tokens": f"{result.tokens:,}",
+            **(_of_labels(result) if result.predicts == "labels" else _of_tokens(result, answers)),
         }
         for result in results
     ]
-    console.layer_table(out, rows, to_right=["loss", "perplexity", "token accuracy", "exact", "tokens"])
+    numbers = ["loss", "perplexity", "token accuracy", "exact", "tokens", "accuracy", "samples"]
+    console.layer_table(out, rows, to_right=numbers)
+
+
+def _of_tokens(result: Evaluation, answers: bool) -> dict[str, str]:
+    return {
+        "perplexity": f"{result.perplexity:.4g}",
+        "token accuracy": f"{result.accuracy:.1%}",
+        **({"exact": f"{result.exact:.1%}"} if answers else {}),
+        "tokens": f"{result.tokens:,}",
+    }
+
+
+def _of_labels(result: Evaluation) -> dict[str, str]:
+    return {"accuracy": f"{result.accuracy:.1%}", "samples": f"{result.tokens:,}"}
 
 
 def _warn(results: Sequence[Evaluation], quiet: bool) -> None:

@@ -13,6 +13,7 @@ from emloc_tools.files.adapter import Adapter
 from emloc_tools.files.emulator import Emulator
 from emloc_tools.files.tensors import TensorFolder
 from emloc_tools.models.base import open_base
+from emloc_tools.models.labels import classifies_sequences
 from emloc_tools.models.layers import describe
 from emloc_tools.models.loading import emulator_class
 from emloc_tools.models.lora import LoraPair, match_module
@@ -31,25 +32,34 @@ class Target:
     model: nn.Module
     weights: ModelWeights
     tensors: TensorFolder
+    classifies: bool = False  # predicts labels of whole samples, not tokens
 
 
 def open_base_target(base: str, revision: str | None, dtype: str, trust_remote_code: bool) -> Target:
-    """The base. Raises `UnsupportedError` for a model that does not predict the next token."""
+    """The base. Raises `UnsupportedError` for a model that predicts neither the next token nor a label."""
     opened = open_base(base, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
-    _require_causal(opened.architecture)
-    return Target("base", False, opened.source, opened.model, opened.weights(), opened.tensors)
+    _require_predictions(opened.architecture)
+    return Target(
+        "base",
+        False,
+        opened.source,
+        opened.model,
+        opened.weights(),
+        opened.tensors,
+        classifies_sequences(opened.architecture),
+    )
 
 
 def open_emulator_target(folder: Path, dtype: str) -> Target:
     """The emulator, whose own code is not run. Raises as `open_base_target`."""
     bundle = Emulator(folder)
     architecture = bundle.manifest.base.architecture
-    _require_causal(architecture)
+    _require_predictions(architecture)
     source = Source(str(folder), None, folder)
     config = load_config(source)
     model = build_skeleton(emulator_class(architecture), config, dtype=compute_dtype(config, dtype))
     weights = ModelWeights(model, bundle.tensors, convert=False)
-    return Target("emulator", True, source, model, weights, bundle.tensors)
+    return Target("emulator", True, source, model, weights, bundle.tensors, classifies_sequences(architecture))
 
 
 def load_pairs(adapter: Adapter) -> dict[str, LoraPair]:
@@ -77,8 +87,9 @@ def require_shapes(target: Target, path: Path, pairs: Mapping[str, LoraPair]) ->
             )
 
 
-def _require_causal(architecture: str) -> None:
-    if not predicts_next_token(architecture):
+def _require_predictions(architecture: str) -> None:
+    if not (predicts_next_token(architecture) or classifies_sequences(architecture)):
         raise UnsupportedError(
-            f"{architecture} does not predict the next token; losses are measured for causal language models alone"
+            f"{architecture} does not predict the next token; losses are measured for causal language models and "
+            "sequence classifiers"
         )

@@ -1,4 +1,4 @@
-"""evaluate: loss, perplexity and token accuracy of a base, an emulator, and either with adapters; streamed."""
+"""evaluate: loss and accuracy of a base, an emulator, and either with adapters, on tokens or labels; streamed."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from emloc_tools.errors import InputError
 from emloc_tools.files.adapter import CONFIG as ADAPTER
@@ -16,7 +17,7 @@ from emloc_tools.models.base import choose_device
 from emloc_tools.models.data import load_batches
 from emloc_tools.models.lora import LoraPair
 from emloc_tools.records import Progress, Step, silent
-from emloc_tools.stages.candidates import load_pairs, open_base_target, open_emulator_target, require_shapes
+from emloc_tools.stages.candidates import Target, load_pairs, open_base_target, open_emulator_target, require_shapes
 from emloc_tools.stages.refusals import blaming_inputs, require_artifact, require_original, require_plain_lora
 from emloc_tools.stages.scoring import Scores, score, target_counts
 
@@ -25,9 +26,10 @@ from emloc_tools.stages.scoring import Scores, score, target_counts
 class Evaluation:
     """One model with at most one adapter: mean loss in nats per target token, and the part predicted rightly.
 
-    `exact` is the part of samples whose target tokens are all predicted rightly, each given the right ones before it:
-    for prompts, how often greedy decoding gives the completion. `corrected` says whether the adapter is one that
-    `correct` wrote.
+    `predicts` says what counts: target tokens, or for a sequence classifier the labels of whole samples; then `tokens`
+    is the number of labels. `exact` is the part of samples whose target tokens are all predicted rightly, each given
+    the right ones before it: for prompts, how often greedy decoding gives the completion. `corrected` says whether the
+    adapter is one that `correct` wrote.
     """
 
     model: str
@@ -37,11 +39,12 @@ class Evaluation:
     accuracy: float
     exact: float
     tokens: int
+    predicts: Literal["tokens", "labels"] = "tokens"
 
     @property
-    def perplexity(self) -> float:
-        """exp(loss)."""
-        return math.exp(min(self.loss, 700.0))
+    def perplexity(self) -> float | None:
+        """exp(loss); None for labels."""
+        return math.exp(min(self.loss, 700.0)) if self.predicts == "tokens" else None
 
 
 def evaluate(
@@ -62,11 +65,11 @@ def evaluate(
 ) -> list[Evaluation]:
     """Evaluate `base`, `emulator`, or both, each without an adapter and with every one of `adapters`.
 
-    Targets are all tokens of a `text` or a chat, and the completion of a `prompt`. A corrected adapter belongs to the
-    base and is not run on the emulator. `trust_remote_code` is for the base's code alone; an emulator's is never run.
-    All variants of a model share its passes, one for every `scoring.TOKENS_IN_FLIGHT` tokens, counted once for each
-    variant; peak memory is that of one unit and the activations. Raises `UnsupportedError` for models that do not
-    predict the next token.
+    Targets are all tokens of a `text` or a chat, the completion of a `prompt`, or the label of a text. A corrected
+    adapter belongs to the base and is not run on the emulator. `trust_remote_code` is for the base's code alone; an
+    emulator's is never run. All variants of a model share its passes, one for every `scoring.TOKENS_IN_FLIGHT` tokens,
+    counted once for each variant; peak memory is that of one unit and the activations. Raises `UnsupportedError` for
+    models that predict neither the next token nor a label.
     """
     if base is None and emulator is None:
         raise InputError("give --base, --emulator or both")
@@ -112,21 +115,22 @@ def evaluate(
                 guard=blaming_inputs,
                 progress=_part(progress, number, len(jobs), target.name),
             )
-        results.append(_evaluation(target.name, None, False, scores[0]))
-        for path, found in zip(usable, scores[1:], strict=True):
-            results.append(_evaluation(target.name, str(path), loaded[path][1], found))
+        variants = [(None, False), *((str(path), loaded[path][1]) for path in usable)]
+        for (adapter, corrected), found in zip(variants, scores, strict=True):
+            results.append(_evaluation(target, adapter, corrected, found))
     return results
 
 
-def _evaluation(model: str, adapter: str | None, corrected: bool, scores: Scores) -> Evaluation:
+def _evaluation(target: Target, adapter: str | None, corrected: bool, scores: Scores) -> Evaluation:
     return Evaluation(
-        model,
+        target.name,
         adapter,
         corrected,
         loss=scores.loss,
         accuracy=scores.accuracy,
         exact=scores.exact,
         tokens=int(scores.tokens.sum()),
+        predicts="labels" if target.classifies else "tokens",
     )
 
 

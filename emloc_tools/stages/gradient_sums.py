@@ -16,6 +16,7 @@ from emloc_tools.linalg.gram import accumulate
 from emloc_tools.models.backward import BackwardLockStep
 from emloc_tools.models.data import Batch
 from emloc_tools.models.gradients import Gradient
+from emloc_tools.models.labels import classifies_sequences
 from emloc_tools.models.observe import real_rows
 from emloc_tools.models.skeleton import predicts_next_token
 from emloc_tools.models.units import Unit
@@ -63,8 +64,12 @@ class GradientSums:
 
 def loss_of(batches: Sequence[Batch], architecture: str) -> Loss:
     """Which loss the batches have. Raises `InputError` or `UnsupportedError` where there is none."""
+    if all(batch.labels is not None for batch in batches):
+        return "model"
     targets = [batch.targets for batch in batches if batch.targets is not None]
     if len(targets) == len(batches):
+        if classifies_sequences(architecture):
+            raise InputError(f"gradients need a loss: {architecture} classifies texts, so every record needs a `label`")
         if not predicts_next_token(architecture):
             raise UnsupportedError(
                 f"{architecture} does not predict the next token, so texts give no loss; for gradients give ready "
@@ -81,7 +86,12 @@ def loss_of(batches: Sequence[Batch], architecture: str) -> Loss:
 
 
 def batch_loss(batch: Batch, output: Any, model: nn.Module) -> torch.Tensor:
-    """The loss of a batch: cross-entropy in nats summed over target tokens, or what the model itself returns."""
+    """The loss of a batch: cross-entropy in nats summed over target tokens, or what the model itself returns.
+
+    For texts with labels it is summed over the samples, so that it does not depend on the batches.
+    """
+    if batch.labels is not None:
+        return summed_cross_entropy(output.logits, batch.labels.to(output.logits.device))
     if batch.targets is None:
         loss = output.get("loss") if isinstance(output, dict) else output[0]
         if not isinstance(loss, torch.Tensor) or loss.numel() != 1:

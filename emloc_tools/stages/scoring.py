@@ -1,5 +1,7 @@
 """Losses per sample of a streamed model with several adapters, in as few passes over its weights as memory allows.
 
+What is predicted are the target tokens of a sample, or, by a sequence classifier, its one label.
+
 Every batch runs once without and once with each adapter; the runs go through the model in lock-step. They are cut into
 waves of `TOKENS_IN_FLIGHT`, and the model is read once for each wave, so that memory is bounded whatever the data are:
 `N` tokens and `k` adapters take about `N · (k + 1) / TOKENS_IN_FLIGHT` passes.
@@ -7,6 +9,7 @@ waves of `TOKENS_IN_FLIGHT`, and the model is read once for each wave, so that m
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -16,7 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from emloc_tools.errors import InputError, NumericalError
-from emloc_tools.linalg.cross_entropy import ROWS_PER_SOFTMAX
+from emloc_tools.linalg.cross_entropy import IGNORED, ROWS_PER_SOFTMAX
 from emloc_tools.models.data import Batch
 from emloc_tools.models.lora import LoraPair, attach_loras
 from emloc_tools.models.stream import LockStep
@@ -31,7 +34,7 @@ Guard = Callable[[nn.Module, Iterable[str]], AbstractContextManager[None]]
 
 @dataclass(frozen=True)
 class Scores:
-    """What a model made of each sample's target tokens, all `(samples,)`.
+    """What a model made of each sample's target tokens, all `(samples,)`. A label counts as one token.
 
     `losses` are sums in nats, float64; `right` counts the tokens that were predicted rightly, out of `tokens`, int64.
     Samples without a target stay in, with zeros. `passes` says how many times the model was read, for all adapters.
@@ -60,10 +63,12 @@ class Scores:
 
 
 def target_counts(batches: Sequence[Batch]) -> torch.Tensor:
-    """Target tokens of every sample, `(samples,)`, int64. Raises `InputError` where there is none at all."""
-    counts = torch.cat([_targets(batch)[1][:, 1:].sum(1) for batch in batches])
+    """Target tokens of every sample, `(samples,)`, int64; 1 for a label. Raises `InputError` where there is none."""
+    counts = torch.cat([_counts(batch) for batch in batches])
     if not counts.any():
-        raise InputError("the data hold no token to predict; samples need at least two tokens")
+        raise InputError(
+            "the data hold no token to predict; samples need at least two tokens, or for a sequence classifier a label"
+        )
     return counts
 
 
@@ -84,10 +89,10 @@ def score(
     messages. Raises `InputError` for data without targets, `NumericalError` for a loss that is not finite.
     """
     counts = target_counts(batches)
-    starts = _starts(batches)
+    starts = torch.tensor([0] + [len(_counts(batch)) for batch in batches]).cumsum(0).tolist()
     losses = torch.zeros(len(adapters) + 1, len(counts), dtype=torch.float64)
     right = torch.zeros(len(adapters) + 1, len(counts), dtype=torch.int64)
-    waves = list(_waves(batches, range(-1, len(adapters))))
+    waves = list(waves_of(batches, range(-1, len(adapters))))
     stream = LockStep(model, weights, device=device)
     done = 0
 
@@ -120,15 +125,7 @@ def score(
     return [Scores(loss, hits, counts, len(waves)) for loss, hits in zip(losses, right, strict=True)]
 
 
-def _starts(batches: Sequence[Batch]) -> list[int]:
-    """The number of each batch's first sample."""
-    starts = [0]
-    for batch in batches:
-        starts.append(starts[-1] + len(_targets(batch)[1]))
-    return starts
-
-
-def _waves(batches: Sequence[Batch], adapters: Sequence[int]) -> list[list[tuple[int, int]]]:
+def waves_of(batches: Sequence[Batch], adapters: Sequence[int]) -> list[list[tuple[int, int]]]:
     """Every batch with every adapter, by their numbers, in groups that run together."""
     waves: list[list[tuple[int, int]]] = [[]]
     tokens = 0
@@ -145,10 +142,11 @@ def _waves(batches: Sequence[Batch], adapters: Sequence[int]) -> list[list[tuple
 
 def _forward(model: nn.Module, batch: Batch, device: torch.device, guard: Guard) -> Callable[[], torch.Tensor]:
     inputs = {name: tensor.to(device) for name, tensor in batch.inputs.items() if name != "labels"}
+    options = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
 
     def call() -> torch.Tensor:
         with guard(model, inputs):
-            return model(**inputs, use_cache=False).logits  # type: ignore[no-any-return]
+            return model(**inputs, **options).logits  # type: ignore[no-any-return]
 
     return call
 
@@ -156,8 +154,12 @@ def _forward(model: nn.Module, batch: Batch, device: torch.device, guard: Guard)
 def _score(batch: Batch, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Summed loss (float64) and right predictions (int64) of each sample's targets, both `(batch,)`, on the CPU.
 
-    `logits (batch, length, vocabulary)` are those of the token after each.
+    `logits (batch, length, vocabulary)` are those of the token after each, or `(batch, labels)` those of the labels.
     """
+    if (known := _labels(batch)) is not None:
+        return _score_labels(known, logits)
+    if logits.dim() != 3:
+        raise InputError("this model predicts no tokens; ready inputs for it need labels, one for each sample")
     ids, targets = _targets(batch)
     wanted = targets[:, 1:].to(logits.device)
     rows, labels = logits[:, :-1][wanted], ids[:, 1:].to(logits.device)[wanted]
@@ -172,11 +174,35 @@ def _score(batch: Batch, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
     return summed, torch.zeros(len(wanted), dtype=torch.int64).index_add_(0, sample, hits)
 
 
+def _score_labels(labels: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same of one label per sample; -100 is none."""
+    rows = logits.detach().float().cpu()
+    if rows.dim() != 2 or len(rows) != len(labels) or int(labels.max()) >= rows.shape[1]:
+        raise InputError(
+            f"the labels {labels.tolist()[:8]} do not fit the model's output of shape {list(logits.shape)}, (samples, "
+            "labels); a model that predicts tokens needs labels for each token"
+        )
+    losses = F.cross_entropy(rows, labels.long(), reduction="none").double()
+    return losses, (rows.argmax(-1) == labels).long()
+
+
+def _counts(batch: Batch) -> torch.Tensor:
+    """What is predicted of each sample, `(batch,)` int64."""
+    labels = _labels(batch)
+    return _targets(batch)[1][:, 1:].sum(1) if labels is None else (labels != IGNORED).long()
+
+
+def _labels(batch: Batch) -> torch.Tensor | None:
+    """The labels `(batch,)` of whole samples, where the batch has such."""
+    ready = batch.inputs.get("labels")
+    return ready if batch.labels is None and ready is not None and ready.dim() == 1 else batch.labels
+
+
 def _targets(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids and which of them are targets, both `(batch, length)`."""
     labels, ids = batch.inputs.get("labels"), batch.inputs.get("input_ids")
     if labels is not None:
-        return labels, labels != -100
+        return labels, labels != IGNORED
     if ids is None:
         given = ", ".join(batch.inputs)
         raise InputError(f"the ready inputs {given} hold neither input_ids nor labels, so there is nothing to predict")

@@ -96,7 +96,7 @@ def test_the_object_of_correct_holds_the_figures_of_its_manifest(
 def test_evaluate_gives_a_result_per_model_and_adapter(run: Run, other: Path, invoke: Invoke) -> None:
     results = of_json("evaluate", run, other, invoke)["results"]
     assert [result["adapter"] for result in results] == [None, str(run.adapter), str(run.corrected)]
-    fields = {"model", "adapter", "corrected", "loss", "perplexity", "accuracy", "exact", "tokens"}
+    fields = {"model", "adapter", "corrected", "loss", "perplexity", "accuracy", "exact", "tokens", "predicts"}
     assert all(result.keys() == fields for result in results)
 
 

@@ -38,11 +38,18 @@ class ModelWeights:
 
     `ignored` are checkpoint tensors that the model does not use. With `convert=False` names must agree as they are.
     Tied parameters share one source: `source_of` maps every name to the one that is stored. `hashes` collects the
-    content hashes of the stored tensors in `hashed` as they are loaded.
+    content hashes of the stored tensors in `hashed` as they are loaded. Parameters that the checkpoint lacks are an
+    error, but for those that `may_lack(name)` allows: they are in `missing`, and have no source.
     """
 
     def __init__(
-        self, model: nn.Module, tensors: TensorFolder, *, convert: bool = True, hashed: Collection[str] = ()
+        self,
+        model: nn.Module,
+        tensors: TensorFolder,
+        *,
+        convert: bool = True,
+        hashed: Collection[str] = (),
+        may_lack: Callable[[str], bool] = lambda name: False,
     ) -> None:
         self.model, self.tensors = model, tensors
         self._hashed = frozenset(hashed)
@@ -51,6 +58,8 @@ class ModelWeights:
         self._targets.update(model.named_buffers(remove_duplicate=False))
         self._recipes: dict[str, Recipe] = {}
         self.ignored: list[str] = []
+        self.missing: list[str] = []
+        self._may_lack = may_lack
         self._plan(_conversions(model) if convert else None)
         self.source_of = self._resolve_ties(set(model.state_dict()))
 
@@ -157,6 +166,9 @@ class ModelWeights:
         for names in same.values():
             stored = [name for name in names if name in self._recipes]
             stored += [tied[name] for name in names if tied.get(name) in self._recipes]
+            if not stored and all(self._may_lack(name) for name in names):
+                self.missing += names
+                continue
             if not stored:
                 raise MismatchError(
                     f"{names[0]} is not in the checkpoint, and {type(self.model).__name__} needs it; "

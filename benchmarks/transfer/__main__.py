@@ -50,7 +50,7 @@ def all_cells(options: argparse.Namespace, base: str, bed: str, seed: int) -> li
 def run(options: argparse.Namespace, base: str, bed: str, seed: int, wanted: list[cells.Cell], record: Path) -> None:
     """Run cells of one group and append their scores."""
     data = options.folder / "beds" / bed
-    if not (data / "heldout.jsonl").exists():
+    if not (data / "validation.jsonl").exists():
         beds.write(bed, data)
     folder = base_folder(options.folder, base)
     group = cells.Group(folder, bed, seed, data, options.folder / "work" / f"{base}-{bed}-{seed}", options.steps)
@@ -93,7 +93,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--beds", default=",".join(beds.BEDS))
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--ratios", default=",".join(map(str, cells.RATIOS)))
-    parser.add_argument("--kinds", default=",".join([*cells.EMULATORS, *cells.STAND_INS]))
+    parser.add_argument("--kinds", default=",".join(cells.KINDS))
     parser.add_argument("--steps", type=int, default=60, help="of every training, eight samples each")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     return parser.parse_args()

@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from emloc_tools.demo import make_base
+
 BLOCK = re.compile(r"(?<=model\.layers\.)\d+")
 LINEAR = re.compile(r"model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj\.weight")
 
@@ -44,6 +46,16 @@ def prune(base: Path, ratio: float, folder: Path) -> None:
             threshold = magnitude.kthvalue(max(1, round((1 - ratio) * magnitude.numel()))).values
             tensors[name] = torch.where(tensor.abs().float() > threshold, tensor, 0)
     _save(base, folder, tensors, json.loads((base / "config.json").read_text(encoding="utf-8")))
+
+
+def train_smaller(base: Path, ratio: float, folder: Path) -> None:
+    """Train a narrower model on the base's own text, for as many steps: its linear layers hold `ratio` of the values.
+
+    Their size goes with the square of the width.
+    """
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    width = 8 * round(config["hidden_size"] * math.sqrt(ratio) / 8)
+    make_base.main(["--output", str(folder), "--hidden-size", str(width)])
 
 
 def renumber_adapter(adapter: Path, kept: list[int], folder: Path) -> None:

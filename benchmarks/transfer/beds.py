@@ -19,7 +19,7 @@ import click
 import pydantic
 import rich
 
-TRAIN, HELD_OUT = 400, 96  # samples
+TRAIN, HELD_OUT, VALIDATION = 400, 96, 64  # samples; choices are made on the last, scores are of the second
 CHARACTERS = 420  # of a sample of Python: about 128 tokens of the bases' tokenizer
 
 
@@ -36,17 +36,22 @@ BEDS = {bed.name: bed for bed in (Bed("far", 6e-3, False), Bed("near", 2e-3, Fal
 
 
 def write(bed: str, folder: Path) -> None:
-    """Write `train.jsonl` and `heldout.jsonl` of a bed into `folder`; the same on every run."""
+    """Write `train.jsonl`, `heldout.jsonl` and `validation.jsonl` of a bed into `folder`; the same on every run."""
     folder.mkdir(parents=True, exist_ok=True)
     if bed == "far":
         with importlib.resources.as_file(importlib.resources.files("emloc_tools.demo")) as demo:
-            for part, count in (("train", TRAIN), ("heldout", HELD_OUT)):
-                lines = (demo / "data" / f"{part}.jsonl").read_text(encoding="utf-8").split("\n")
-                (folder / f"{part}.jsonl").write_text("\n".join(lines[:count]) + "\n", encoding="utf-8")
+            train, held_out = (
+                (demo / "data" / f"{part}.jsonl").read_text(encoding="utf-8").split("\n")
+                for part in ("train", "heldout")
+            )
+        parts = {"train": train[:TRAIN], "heldout": held_out[:HELD_OUT], "validation": train[TRAIN:][:VALIDATION]}
+        for part, lines in parts.items():
+            (folder / f"{part}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
         return
     records = list(pieces() if bed == "near" else questions())
     random.Random(0).shuffle(records)
-    for part, chosen in (("train", records[HELD_OUT : HELD_OUT + TRAIN]), ("heldout", records[:HELD_OUT])):
+    held_out, train, validation = records[:HELD_OUT], records[HELD_OUT:][:TRAIN], records[HELD_OUT + TRAIN :]
+    for part, chosen in (("train", train), ("heldout", held_out), ("validation", validation[:VALIDATION])):
         text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in chosen)
         (folder / f"{part}.jsonl").write_text(text, encoding="utf-8")
 

@@ -5,19 +5,26 @@ Emulators, corrections and scores come from the stages, adapters from the plain 
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from benchmarks.transfer import baselines
 from benchmarks.transfer.beds import BEDS
 from emloc_tools.demo import train_lora
+from emloc_tools.files.emulator import Emulator
+from emloc_tools.linalg.allocate import adaptive_ranks
+from emloc_tools.stages import build_choices
 from emloc_tools.stages.build_emulator import build_emulator
 from emloc_tools.stages.calibrate import calibrate
 from emloc_tools.stages.correct import correct
 from emloc_tools.stages.evaluate import evaluate
+from emloc_tools.stages.merge import merge
 
 LENGTH = 160  # tokens of a sample
 RATIOS = (0.1, 0.25, 0.5)
@@ -31,7 +38,18 @@ EMULATORS: dict[str, dict[str, Any]] = {
     "gradient weighting alone": {"weighting": "gradient", "allocation": "uniform"},
     "gradient ranks alone": {"weighting": "none", "ranks of": "gradient"},
 }
-STAND_INS = ("layers dropped", "magnitudes pruned")
+ABLATIONS: dict[str, dict[str, Any]] = {
+    "gradient at damping 0.01": {"weighting": "gradient", "allocation": "adaptive", "damping": 0.01},
+    "gradient at damping 0.2": {"weighting": "gradient", "allocation": "adaptive", "damping": 0.2},
+    "gradient without floor": {"weighting": "gradient", "allocation": "adaptive", "floor": 0.0},
+    "gradient at floor 0.7": {"weighting": "gradient", "allocation": "adaptive", "floor": 0.7},
+}
+# What can be done with the LoRA of an emulator, beside the correction with its usual clamp.
+USES = {"uses of paper": "paper", "uses of gradient": "gradient"}
+STAND_INS = ("layers dropped", "magnitudes pruned", "smaller model")
+CLAMPS = {"clamp 1": 1.0, "no clamp": None}
+INTERPOLATIONS = (0.25, 0.5)
+KINDS = (*EMULATORS, *ABLATIONS, *USES, *STAND_INS)
 
 
 @dataclass(frozen=True)
@@ -56,7 +74,8 @@ def cells(base: str, bed: str, seed: int, kinds: tuple[str, ...], ratios: tuple[
     yield Cell(base, bed, seed, "base", None)
     for ratio in ratios:
         for kind in kinds:
-            yield Cell(base, bed, seed, kind, ratio)
+            if kind != "smaller model" or base == "shipped":  # a quarter of an hour of training for each
+                yield Cell(base, bed, seed, kind, ratio)
 
 
 class Group:
@@ -64,7 +83,7 @@ class Group:
 
     def __init__(self, base: Path, bed: str, seed: int, data: Path, work: Path, steps: int) -> None:
         self._base, self._bed, self._seed, self._steps = base, BEDS[bed], seed, steps
-        self._train, self._held_out = data / "train.jsonl", data / "heldout.jsonl"
+        self._data, self._train, self._held_out = data, data / "train.jsonl", data / "heldout.jsonl"
         self._work = work
         work.mkdir(parents=True, exist_ok=True)
 
@@ -73,8 +92,12 @@ class Group:
         if cell.kind == "base":
             adapter = self._trained(self._base, "lora-on-base")
             return self._scores({"LoRA on the base": adapter}, zero=True)
+        if cell.kind == "smaller model":
+            return self._of_smaller_model(cell)
         if cell.kind in STAND_INS:
             return self._of_stand_in(cell)
+        if cell.kind in USES:
+            return self._uses(cell)
         return self._of_emulator(cell)
 
     def _of_emulator(self, cell: Cell) -> list[dict[str, Any]]:
@@ -89,6 +112,43 @@ class Group:
         for folder in (lora, corrected):
             shutil.rmtree(folder)
         return scores
+
+    def _uses(self, cell: Cell) -> list[dict[str, Any]]:
+        """One emulator and LoRA, and what else can be made of them for the base."""
+        emulator, lora, other = (self._work / f"{cell.name}-{part}" for part in ("emulator", "lora", "other"))
+        self._build(cell, emulator)
+        self._trained(emulator, lora.name, trust=True)
+        pair: Any = {"emulator": emulator, "adapter": lora, "base": str(self._base), "output": other, "overwrite": True}
+        scores = []
+        for name, clamp in CLAMPS.items():
+            correct(**pair, clamp=clamp)
+            scores += self._scores({name: other})
+        text = {**self._evaluation(), "data": self._data / "validation.jsonl"}
+        result = correct(**pair, select=True, **text)
+        assert result.heldout is not None
+        assert result.heldout.winner is not None
+        winner = result.heldout.winner
+        chosen = self._scores({} if result.output is None else {"selected": other}, zero=result.output is None)
+        scores.append({**chosen[0], "variant": "selected", "chosen": f"{winner.adapter} x {winner.scale:g}"})
+        shutil.rmtree(other)
+        for T in INTERPOLATIONS:
+            merge(**pair, interpolate=T, dtype="float32")
+            result_of_merged = evaluate(base=str(other), **self._evaluation())[0]
+            scores.append(self._score(f"interpolated {T:g}", result_of_merged))
+            shutil.rmtree(other)
+        shutil.rmtree(lora)
+        return scores
+
+    def _of_smaller_model(self, cell: Cell) -> list[dict[str, Any]]:
+        """A model of the stand-in's size, trained on the base's own text, is used as it is: nothing is moved over."""
+        assert cell.ratio is not None
+        folder = self._work.parent.parent / "bases" / f"smaller-{cell.ratio:g}"
+        if not (folder / "README.md").exists():
+            baselines.train_smaller(self._base, cell.ratio, folder)
+        lora = self._trained(folder, f"{cell.name}-lora")
+        result = evaluate(base=str(folder), adapters=[lora], **self._evaluation())[1]
+        shutil.rmtree(lora)
+        return [self._score("with LoRA", result)]
 
     def _of_stand_in(self, cell: Cell) -> list[dict[str, Any]]:
         model, lora = self._work / f"{cell.name}-model", self._work / f"{cell.name}-lora"
@@ -111,7 +171,8 @@ class Group:
         return scores
 
     def _build(self, cell: Cell, emulator: Path) -> None:
-        options = dict(EMULATORS[cell.kind])
+        options = dict({**EMULATORS, **ABLATIONS}[USES.get(cell.kind, cell.kind)])
+        floor = options.pop("floor", None)
         calibration = options.pop("calibration", self._calibration())
         other = options.pop("ranks of", None)
         size: Mapping[str, Any] = {"ratio": cell.ratio}
@@ -121,14 +182,14 @@ class Group:
             if not weighted.exists():
                 options_of = {**EMULATORS[other], "calibration": self._calibration()}
                 build_emulator(base=str(self._base), ratio=cell.ratio, output=weighted, **options_of)
-            from emloc_tools.files.emulator import Emulator
-
-            opened = Emulator(weighted)
-            opened.close()
-            size = {"ranks": {name: layer.rank for name, layer in opened.layers.items()}}
-        build_emulator(
-            base=str(self._base), calibration=calibration, output=emulator, overwrite=True, **size, **options
-        )
+            with contextlib.closing(Emulator(weighted)) as opened:
+                size = {"ranks": {name: layer.rank for name, layer in opened.layers.items()}}
+        # The floor is no option of the stage: this bench is where it is shown not to matter.
+        allocate = functools.partial(adaptive_ranks, floor=floor) if floor is not None else adaptive_ranks
+        with mock.patch.object(build_choices, "adaptive_ranks", allocate):
+            build_emulator(
+                base=str(self._base), calibration=calibration, output=emulator, overwrite=True, **size, **options
+            )
 
     def _calibration(self) -> Path:
         folder = self._work / "calibration"

@@ -87,7 +87,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--hidden-size", type=int, default=256, help="a multiple of 128")
+    parser.add_argument("--hidden-size", type=int, default=256, help="a multiple of 8")
     options = parser.parse_args(arguments)
     texts = list(library_texts())
     random.Random(options.seed).shuffle(texts)
@@ -153,8 +153,8 @@ def new_model(seed: int, hidden_size: int) -> LlamaForCausalLM:
         hidden_size=hidden_size,
         intermediate_size=hidden_size * 11 // 4,
         num_hidden_layers=4,
-        num_attention_heads=hidden_size // 64,
-        num_key_value_heads=hidden_size // 128,
+        num_attention_heads=max(2, hidden_size // 64),
+        num_key_value_heads=max(1, hidden_size // 128),
         max_position_embeddings=POSITIONS,
         tie_word_embeddings=True,
         pad_token_id=PAD,

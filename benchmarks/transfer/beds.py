@@ -40,13 +40,13 @@ def write(bed: str, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if bed == "far":
         with importlib.resources.as_file(importlib.resources.files("emloc_tools.demo")) as demo:
-            train, held_out = (
+            lines = [
                 (demo / "data" / f"{part}.jsonl").read_text(encoding="utf-8").split("\n")
                 for part in ("train", "heldout")
-            )
-        parts = {"train": train[:TRAIN], "heldout": held_out[:HELD_OUT], "validation": train[TRAIN:][:VALIDATION]}
-        for part, lines in parts.items():
-            (folder / f"{part}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+            ]
+        parts = {"train": lines[0][:TRAIN], "heldout": lines[1][:HELD_OUT], "validation": lines[0][TRAIN:][:VALIDATION]}
+        for part, texts in parts.items():
+            (folder / f"{part}.jsonl").write_text("\n".join(texts) + "\n", encoding="utf-8")
         return
     records = list(pieces() if bed == "near" else questions())
     random.Random(0).shuffle(records)

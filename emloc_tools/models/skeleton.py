@@ -68,7 +68,8 @@ def reason(error: Exception) -> str:
 def build_skeleton(cls: Any, config: Any, *, dtype: torch.dtype) -> nn.Module:
     """The model in evaluation mode with every parameter on meta, in `dtype` where the model lets it choose.
 
-    What a class keeps in float32 beside fp16 or bf16, such as routing biases, is float32 here as well.
+    What a class keeps in float32 beside fp16 or bf16, such as routing biases, is float32 here as well. Without an
+    explicit `use_cache` the model keeps no cache: a single forward has no use for it.
     """
     with parameters_on_meta(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -78,7 +79,16 @@ def build_skeleton(cls: Any, config: Any, *, dtype: torch.dtype) -> nn.Module:
     for name, parameter in model.named_parameters():
         if any(re.search(pattern.replace("*", ".*"), name) for pattern in kept):
             parameter.data = parameter.data.float()
+    _leave_out_caches(model)
     return model
+
+
+def _leave_out_caches(model: nn.Module) -> None:
+    """Make no key-value cache by default. Many classes take `use_cache` only on to the part that knows it."""
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if getattr(config, "use_cache", False):
+            cast(Any, config).use_cache = False
 
 
 def _kept(model: nn.Module, attribute: str) -> list[str]:

@@ -9,6 +9,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from emloc_tools.errors import InputError
+from emloc_tools.models.linears import is_linear
 from emloc_tools.records import Layer
 
 ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
@@ -22,7 +23,7 @@ def select_layers(model: nn.Module, *, targets: str | None = None, exclude: str 
     takes away. A layer that shares its weight with another module is never chosen by default. Raises `InputError` for
     a pattern that matches nothing or is not a regular expression.
     """
-    linears = {name: module for name, module in model.named_modules() if type(module) in (nn.Linear, Conv1D)}
+    linears = {name: module for name, module in model.named_modules() if is_linear(module)}
     if targets is None:
         tied = _tied_parameters(model)
         chosen = [

@@ -13,12 +13,23 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "emloc_tools"
 
 ROOMS: dict[str, set[str]] = {
-    "emloc_tools": {"emloc_tools.models.loading"},  # load_emulator, on first use
+    "emloc_tools": {"emloc_tools.plugin", "emloc_tools.models.loading", "emloc_tools.models.recording"},  # on first use
+    "plugin": {"emloc_tools.models.diffusers_quantizer"},  # once diffusers is imported
     "errors": set(),
     "records": {"torch"},
     "linalg": {"torch", "errors", "records"},
     "files": {"torch", "numpy", "pydantic", "xxhash", "emloc_tools", "errors", "records"},
-    "models": {"torch", "numpy", "greenlet", "transformers", "huggingface_hub", "files", "errors", "records"},
+    "models": {
+        "torch",
+        "numpy",
+        "greenlet",
+        "transformers",
+        "diffusers",
+        "huggingface_hub",
+        "files",
+        "errors",
+        "records",
+    },
     "stages": {"torch", "peft", "transformers", "models", "linalg", "files", "errors", "records"},
     "cli": {"click", "rich", "stages", "emloc_tools", "errors", "records"},
     "demo": {"torch", "transformers", "peft", "tokenizers"},

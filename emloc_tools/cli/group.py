@@ -20,6 +20,7 @@ from emloc_tools.cli.evaluate import evaluate
 from emloc_tools.cli.inspect import inspect
 from emloc_tools.cli.merge import merge
 from emloc_tools.cli.merge_calibration import merge_calibration
+from emloc_tools.cli.record_inputs import record_inputs
 from emloc_tools.cli.truncate import truncate
 from emloc_tools.errors import EmlocError
 
@@ -93,5 +94,9 @@ def main() -> None:
     """
 
 
-for command in (calibrate, merge_calibration, build_emulator, truncate, correct, merge, evaluate, inspect, demo):
+COMMANDS = (
+    *(record_inputs, calibrate, merge_calibration, build_emulator, truncate),
+    *(correct, merge, evaluate, inspect, demo),
+)
+for command in COMMANDS:
     main.add_command(command)

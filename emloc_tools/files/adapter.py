@@ -1,4 +1,7 @@
-"""PEFT LoRA adapters (`formats/adapter/SPEC.md`): pairs, scalings, everything else untouched; and corrected ones."""
+"""PEFT LoRA adapters (`formats/adapter/SPEC.md`): pairs, scalings, everything else untouched; and corrected ones.
+
+Those in the file of diffusers are in `diffusers_lora`.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ import xxhash
 
 from emloc_tools.errors import FormatError, UnsupportedError
 from emloc_tools.files.json_files import parse_object, read_json
-from emloc_tools.files.manifest import AdapterManifest, AdapterV1, AdapterV2
+from emloc_tools.files.manifest import AdapterManifest, AdapterV1, AdapterV2, AdapterV3
 from emloc_tools.files.manifest_reader import read_manifest
 from emloc_tools.files.opening import file_inside, path_inside
 from emloc_tools.files.patterns import ModulePattern
@@ -42,8 +45,12 @@ class LoraKeys:
 class Adapter:
     """A PEFT LoRA adapter folder. Opening checks the configuration, pairs and shapes; reading checks values.
 
-    Of a corrected adapter, opening also reads all tensors and checks that nobody changed them.
+    Of a corrected adapter, opening also reads all tensors and checks that nobody changed them. `prefix` stands before
+    the names of modules in those of tensors; `component` is the part of a pipeline that an adapter of diffusers is for.
     """
+
+    prefix = PREFIX
+    component: str | None = None
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -52,9 +59,13 @@ class Adapter:
         if self.config.get("peft_type") != "LORA":
             message = f"is {reprlib.repr(self.config.get('peft_type'))}; only LORA adapters can be used"
             raise FormatError("A2", self.config_path, "peft_type", message)
-        self._patterns = {key: self._read_patterns(key) for key in ("rank_pattern", "alpha_pattern")}
         self.tensors = TensorFolder.of_files([self._weights()], rule="A3")
+        self._check()
+
+    def _check(self) -> None:
+        """Read everything but the tensors, once the configuration is read and the file open."""
         try:
+            self._patterns = {key: self._read_patterns(key) for key in ("rank_pattern", "alpha_pattern")}
             self.loras = {module: self._keys(module) for module in self._modules()}
             self.manifest = self._read_corrected()
         except BaseException:
@@ -126,7 +137,7 @@ class Adapter:
             )
         modules = set()
         for name in self.tensors.names():
-            match = re.fullmatch(re.escape(PREFIX) + r"(.+)\.lora_[AB]\.weight", name)
+            match = re.fullmatch(re.escape(self.prefix) + r"(.+)\.lora_[AB]\.weight", name)
             if match:
                 modules.add(match[1])
         if not modules:
@@ -134,14 +145,15 @@ class Adapter:
         return sorted(modules)
 
     def _keys(self, module: str) -> LoraKeys:
-        A, B = (f"{PREFIX}{module}.lora_{side}.weight" for side in "AB")
+        A, B = (f"{self.prefix}{module}.lora_{side}.weight" for side in "AB")
         for key in (A, B):
             if key not in self.tensors:
                 raise FormatError("A4", self.weights_path, key, "is missing although its partner is there")
         rank, alpha = self._value(module, "r", "rank_pattern"), self._value(module, "lora_alpha", "alpha_pattern")
         spec_A, spec_B = self.tensors.spec(A), self.tensors.spec(B)
         if len(spec_A.shape) != 2 or len(spec_B.shape) != 2 or not spec_A.shape[0] == spec_B.shape[1] == rank:
-            message = f"has shapes A {list(spec_A.shape)} and B {list(spec_B.shape)}; adapter_config.json says {rank=}"
+            source = self.config_path.name
+            message = f"has shapes A {list(spec_A.shape)} and B {list(spec_B.shape)}; {source} says {rank=}"
             raise FormatError("A4", self.weights_path, module, message)
         if spec_A.dtype not in FLOATS or spec_B.dtype not in FLOATS:
             raise FormatError("A4", self.weights_path, module, "must be stored in float32, bfloat16 or float16")
@@ -176,7 +188,11 @@ class Adapter:
                 raise FormatError("A10", self.weights_path, MARK, f"marks a corrected adapter, but {MANIFEST} is gone")
             return None
         manifest: AdapterManifest
-        manifest, _ = read_manifest(path, (AdapterV1, AdapterV2), rules=("A7", "A8", "A9"))
+        manifest, _ = read_manifest(path, (AdapterV1, AdapterV2, AdapterV3), rules=("A7", "A8", "A9"))
+        component = manifest.component if isinstance(manifest, AdapterV3) else None
+        if component != self.component:
+            message = f"is {component!r}; the weights are of {self.component or 'a PEFT adapter, which has none'}"
+            raise FormatError("A20", path, "component", message)
         if mark is None:
             raise FormatError("A10", path, "", "describes a corrected adapter, but the weights carry no mark of it")
         if not _is_mark(mark, manifest.format_version):
@@ -203,7 +219,8 @@ class Adapter:
         for module, record in manifest.layers.items():
             keys = self.loras[module]
             if record.rank != keys.rank or not math.isclose(record.scaling, keys.scaling, rel_tol=1e-12):
-                message = f"says rank {record.rank}, scaling {record.scaling}; {CONFIG} {keys.rank}, {keys.scaling}"
+                source = self.config_path.name
+                message = f"says rank {record.rank}, scaling {record.scaling}; {source} {keys.rank}, {keys.scaling}"
                 raise FormatError("A13", path, f"layers.{module}", message)
 
 

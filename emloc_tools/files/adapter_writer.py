@@ -1,4 +1,4 @@
-"""Write the adapters that `correct` makes: PEFT's two files, with a mark in the weights, and `emloc.json`."""
+"""Write the adapters that `correct` makes: files of PEFT or diffusers, with a mark in the weights, and `emloc.json`."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 
-from emloc_tools.files.adapter import CONFIG, MANIFEST, MARK, mark_of
+from emloc_tools.files.adapter import CONFIG, MANIFEST, MARK, WEIGHTS, mark_of
+from emloc_tools.files.diffusers_lora import WEIGHTS as DIFFUSERS_WEIGHTS
+from emloc_tools.files.diffusers_lora import DiffusersLora
 from emloc_tools.files.folders import write_json
-from emloc_tools.files.manifest import AdapterManifest, AdapterV1, AdapterV2, Selection, manifest_dict
+from emloc_tools.files.manifest import AdapterManifest, AdapterV1, AdapterV2, AdapterV3, Selection, manifest_dict
 from emloc_tools.files.tensors import ShardedWriter, TensorSpec
 
 
@@ -27,17 +29,46 @@ def write_adapter(
     The version is 2 with a `selection`, else 1.
     """
     model: type[AdapterV1 | AdapterV2] = AdapterV1 if selection is None else AdapterV2
+    hashes = _write_weights(folder, WEIGHTS, tensors, model, {})
+    chosen = {} if selection is None else {"selection": selection}
+    manifest = model.model_validate({**fields, "tensors": hashes, **chosen})
+    write_json(folder / CONFIG, config)
+    write_json(folder / MANIFEST, manifest_dict(manifest))
+    return manifest
+
+
+def write_diffusers_lora(
+    folder: Path,
+    trained: DiffusersLora,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, torch.Tensor],
+    *,
+    fields: Mapping[str, Any],
+) -> AdapterManifest:
+    """Write a corrected LoRA as diffusers would: one file, with the configuration in its header if it was there."""
+    hashes = _write_weights(folder, DIFFUSERS_WEIGHTS, tensors, AdapterV3, trained.metadata_with(config))
+    manifest = AdapterV3.model_validate({**fields, "tensors": hashes, "component": trained.component})
+    write_json(folder / MANIFEST, manifest_dict(manifest))
+    return manifest
+
+
+def _write_weights(
+    folder: Path,
+    name: str,
+    tensors: Mapping[str, torch.Tensor],
+    model: type[AdapterManifest],
+    metadata: Mapping[str, str],
+) -> dict[str, str]:
+    """Write the tensors into one file with the mark of `model`'s version; returns their content hashes."""
     specs = [TensorSpec(name, tensors[name].dtype, tuple(tensors[name].shape)) for name in sorted(tensors)]
-    metadata = {"format": "pt", MARK: mark_of(model.model_fields["format_version"].default)}
-    writer = ShardedWriter(folder, "adapter_model", specs, max_shard_size=1 << 62, metadata=metadata)
+    mark = mark_of(model.model_fields["format_version"].default)
+    metadata = {"format": "pt", **metadata, MARK: mark}
+    stem = name.removesuffix(".safetensors")
+    writer = ShardedWriter(folder, stem, specs, max_shard_size=1 << 62, metadata=metadata)
     try:
         for spec in specs:
             writer.write(spec.name, tensors[spec.name])
         writer.finish()
     finally:
         writer.close()
-    chosen = {} if selection is None else {"selection": selection}
-    manifest = model.model_validate({**fields, "tensors": writer.hashes, **chosen})
-    write_json(folder / CONFIG, config)
-    write_json(folder / MANIFEST, manifest_dict(manifest))
-    return manifest
+    return writer.hashes

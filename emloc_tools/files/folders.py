@@ -19,9 +19,12 @@ from emloc_tools.errors import EmlocError, InputError
 # The names that emloc-tools writes into its folders: what is called otherwise is somebody else's, and is not deleted.
 COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*")  # copied from the base
 CALIBRATION = ("calibration.json", "calibration-*.safetensors")
-MODEL = ("model.safetensors", "model-*-of-*.safetensors", "README.md", *COMPANIONS)
+WEIGHTS = tuple(
+    f"{stem}{part}.safetensors" for stem in ("model", "diffusion_pytorch_model") for part in ("", "-*-of-*")
+)
+MODEL = (*WEIGHTS, "README.md", *COMPANIONS)
 EMULATOR = (*MODEL, "modeling_*.py", "__pycache__/*.pyc")  # loading may leave the last beside the code
-ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "emloc.json")
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors", "emloc.json")
 DEMO = (
     *("results.json", "commands.sh", "train_lora.py", "data/README.md", "data/*.jsonl"),
     *(f"base/{name}" for name in MODEL),
@@ -34,6 +37,7 @@ DEMO = (
 # Which files mark a folder as one of ours, and what such a folder may hold. An adapter without emloc.json is somebody's
 # training, not ours.
 KINDS = {
+    frozenset({"inputs.safetensors"}): ("inputs.safetensors",),
     frozenset({"calibration.json"}): CALIBRATION,
     frozenset({"emulator.json"}): EMULATOR,
     frozenset({"emloc.json"}): ADAPTER,

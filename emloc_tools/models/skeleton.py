@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from emloc_tools.errors import InputError, UnsupportedError
+from emloc_tools.models import diffusion
 from emloc_tools.models.source import Source, first_line
 
 
@@ -21,6 +22,9 @@ def load_config(source: Source, *, trust_remote_code: bool = False) -> Any:
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
+    of_diffusers = diffusion.read_config(source.folder, source.id)
+    if of_diffusers is not None:
+        return of_diffusers
     try:
         config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
@@ -37,6 +41,8 @@ def model_class(config: Any, source: Source, *, trust_remote_code: bool = False)
     """
     import transformers
 
+    if isinstance(config, diffusion.DiffusersConfig):
+        return diffusion.diffusers_class(config.architecture, source.id)
     if getattr(config, "emloc", None):
         raise InputError(f"{source.id} is an emulator made by emloc-tools; give the model that it was made from")
     name = (getattr(config, "architectures", None) or [None])[0]
@@ -73,6 +79,8 @@ def build_skeleton(cls: Any, config: Any, *, dtype: torch.dtype) -> nn.Module:
     """
     with parameters_on_meta(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        if isinstance(config, diffusion.DiffusersConfig):
+            return diffusion.build(cls, config, dtype).eval()
         model: nn.Module = cls._from_config(config, dtype=dtype).eval()
     kept = [*(_kept(model, "_keep_in_fp32_modules_strict") if dtype in (torch.float16, torch.bfloat16) else ())]
     kept += _kept(model, "_keep_in_fp32_modules") if dtype == torch.float16 else ()

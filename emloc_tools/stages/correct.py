@@ -14,7 +14,9 @@ import torch
 from emloc_tools.errors import InputError, MismatchError
 from emloc_tools.files.adapter import CONFIG as ADAPTER
 from emloc_tools.files.adapter import Adapter
-from emloc_tools.files.adapter_writer import write_adapter
+from emloc_tools.files.adapter_writer import write_adapter, write_diffusers_lora
+from emloc_tools.files.diffusers_lora import WEIGHTS as DIFFUSERS_ADAPTER
+from emloc_tools.files.diffusers_lora import DiffusersLora, open_adapter
 from emloc_tools.files.emulator import MANIFEST as EMULATOR
 from emloc_tools.files.emulator import Emulator
 from emloc_tools.files.folders import check_output, new_folder
@@ -72,10 +74,11 @@ def correct(
     command: str = "emloc_tools.stages.correct",
     progress: Progress = silent,
 ) -> CorrectionResult:
-    """Write to `output` the PEFT adapter for `base` from one trained on `emulator`; with `output=None` only report.
+    """Write to `output` the adapter for `base` from one trained on `emulator`; with `output=None` only report.
 
     Reads the weights that the adapter touches, one at a time. The input is not changed; rank, scaling and dtype stay.
-    LoRA pairs on layers that the emulator kept dense, and tensors of `modules_to_save`, are passed on as they are.
+    LoRA pairs on layers that the emulator kept dense, and tensors of `modules_to_save`, are passed on as they are. An
+    adapter is in PEFT's files, or in the file of diffusers, and so is then what is written.
 
     With `data` the base is measured on these samples, which the LoRA must not have been trained on, with no adapter,
     the trained and the corrected one, in passes over its weights that all share, in `dtype`. With `select` the scales
@@ -89,7 +92,8 @@ def correct(
     """
     require_original(base)
     require_artifact(emulator, EMULATOR, "an emulator")
-    require_artifact(adapter, ADAPTER, "a PEFT adapter")
+    if not (adapter / DIFFUSERS_ADAPTER).is_file():
+        require_artifact(adapter, ADAPTER, "a PEFT adapter")
     if output is not None:
         require_apart(output, [emulator, adapter, Path(base), *([data] if data else [])])
         check_output(output, overwrite=overwrite)
@@ -99,7 +103,7 @@ def correct(
         raise InputError("--select needs --data: samples that the LoRA was not trained on")
     device = choose_device(device)
     with contextlib.ExitStack() as stack:
-        trained = stack.enter_context(contextlib.closing(Adapter(adapter)))
+        trained = stack.enter_context(contextlib.closing(open_adapter(adapter)))
         if trained.corrected:
             raise MismatchError(f"the adapter in {adapter} is corrected already; use it with its base as it is")
         bundle = stack.enter_context(contextlib.closing(Emulator(emulator)))
@@ -144,21 +148,21 @@ def correct(
             if chosen is not None:
                 tensors |= corrector.scaled(tensors, chosen.scale)
             folder = stack.enter_context(new_folder(output, overwrite=overwrite))
-            write_adapter(
-                folder,
-                _config(trained.config, base, opened.source.revision, type(opened.model)),
-                tensors,
-                fields={
-                    "made_by": made_by(command),
-                    "base": BaseRecord(id=base, revision=opened.source.revision, architecture=opened.architecture),
-                    "emulator": bundle.hash,
-                    "trained_adapter": trained.hash,
-                    "clamp": clamp,
-                    "layers": records,
-                    "unchanged": unchanged,
-                },
-                selection=heldout.selection if heldout is not None else None,
-            )
+            config = _config(trained.config, base, opened.source.revision, type(opened.model))
+            fields = {
+                "made_by": made_by(command, opened.library),
+                "base": BaseRecord(id=base, revision=opened.source.revision, architecture=opened.architecture),
+                "emulator": bundle.hash,
+                "trained_adapter": trained.hash,
+                "clamp": clamp,
+                "layers": records,
+                "unchanged": unchanged,
+            }
+            if isinstance(trained, DiffusersLora):
+                write_diffusers_lora(folder, trained, config, tensors, fields=fields)
+            else:
+                selection = heldout.selection if heldout is not None else None
+                write_adapter(folder, config, tensors, fields=fields, selection=selection)
     return CorrectionResult(output, records, unchanged, heldout)
 
 

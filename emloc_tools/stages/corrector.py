@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from emloc_tools.errors import MismatchError, NumericalError, UnsupportedError
-from emloc_tools.files.adapter import PREFIX, Adapter
+from emloc_tools.files.adapter import Adapter
 from emloc_tools.files.emulator import FACTORS, Emulator
 from emloc_tools.files.manifest import CorrectedLayer
 from emloc_tools.files.tensors import content_hash
@@ -99,7 +99,7 @@ class Corrector:
 def refuse_saved_factors(trained: Adapter, bundle: Emulator) -> None:
     """Whole modules that the adapter saves replace the base's, which is impossible for factors."""
     for key in trained.other_tensors:
-        module, _, part = key.removeprefix(PREFIX).rpartition(".")
+        module, _, part = key.removeprefix(trained.prefix).rpartition(".")
         if part in FACTORS or (part == "weight" and match_module(module, bundle.layers) is not None):
             raise UnsupportedError(
                 f"{trained.folder} saves {module} as a whole (modules_to_save), but the emulator holds it as factors; "

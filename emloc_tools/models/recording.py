@@ -1,0 +1,113 @@
+"""Record what a module is called with, as ready model inputs for `calibrate`: of any model, from any program."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import itertools
+import random
+import reprlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from emloc_tools.errors import InputError, UnsupportedError
+from emloc_tools.files.ready_inputs import InputSpool, new_inputs
+
+TARGET = "target"  # the tensor that a loss compares the output with; no argument
+OF_OUTPUT = frozenset({"return_dict"})  # arguments that say in which form results come
+
+
+class Recorder:
+    """Takes in the calls of a module. See `record_inputs`."""
+
+    def __init__(self, spool: InputSpool, module: nn.Module, per_run: int | None, seed: int) -> None:
+        self._spool, self._module = spool, module
+        self._signature = inspect.signature(type(module).forward)
+        self._per_run, self._random = per_run, random.Random(seed)
+
+    @property
+    def calls(self) -> int:
+        """How many calls will be in the file."""
+        return len(self._spool.calls)
+
+    @contextlib.contextmanager
+    def run(self) -> Iterator[None]:
+        """Of the calls inside, keep `per_run`, one from each of as many equal stretches of them, chosen by `seed`."""
+        start = self.calls
+        yield
+        count = self.calls - start
+        if self._per_run is not None and count > self._per_run:
+            edges = [start + count * number // self._per_run for number in range(self._per_run + 1)]
+            chosen = [self._random.randrange(low, high) for low, high in itertools.pairwise(edges)]
+            self._spool.keep(start, chosen)
+
+    def target(self, tensor: torch.Tensor) -> None:
+        """What the output of the last call is to be, such as the velocity or noise that a training step predicts."""
+        if not self._spool.calls:
+            raise InputError("a target belongs to a call of the module, and there was none yet")
+        if TARGET in self._spool.calls[-1]:
+            raise InputError("the last call has a target already")
+        self._spool.add_to_last(TARGET, tensor)
+
+    def record(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Take in a call."""
+        bound = self._signature.bind(self._module, *args, **kwargs)
+        given = dict(list(bound.arguments.items())[1:])
+        for name, parameter in self._signature.parameters.items():
+            if parameter.kind is parameter.VAR_KEYWORD:
+                given |= given.pop(name, {})
+            elif parameter.kind is parameter.VAR_POSITIONAL and given.pop(name, ()):
+                raise self._unsupported(name, "positional arguments without a name")
+        tensors = {}
+        for name, value in given.items():
+            if isinstance(value, torch.Tensor):
+                tensors[name] = value
+            elif name not in OF_OUTPUT and not self._is_default(name, value):
+                raise self._unsupported(name, reprlib.repr(value))
+        self._spool.add(tensors)
+
+    def _is_default(self, name: str, value: Any) -> bool:
+        """Whether leaving the argument out means the same. An empty collection, or one of nothing, is None."""
+        parameter = self._signature.parameters.get(name)
+        default = None if parameter is None or parameter.default is parameter.empty else parameter.default
+        if isinstance(value, (list, tuple, Mapping)):
+            inner = value.values() if isinstance(value, Mapping) else value
+            return default is None and all(each is None for each in inner)
+        return type(value) is type(default) and bool(value == default)
+
+    def _unsupported(self, name: str, value: str) -> UnsupportedError:
+        return UnsupportedError(
+            f"{type(self._module).__name__} was called with {name}={value}; ready model inputs hold tensors by "
+            "argument, and calibrate would run without this one. Call the module without it, or with a tensor"
+        )
+
+
+@contextlib.contextmanager
+def record_inputs(
+    module: nn.Module, path: str | Path, *, per_run: int | None = None, seed: int = 0, overwrite: bool = False
+) -> Iterator[Recorder]:
+    """Write the arguments of every call of `module` inside the block to `path`, for `calibrate --data`.
+
+    Tensors are stored as they are, `<n>/<argument>` for the n-th call, one call at a time; the file appears when the
+    block ends without an exception. Inside `with recorder.run():`, such as one run of a pipeline with its tens of
+    timesteps, only `per_run` calls are kept, spread evenly. `recorder.target(tensor)` adds what the last output is to
+    be, from which `calibrate --gradients` has a loss.
+
+    Raises `InputError` for an unusable `path`, or if the module was not called; `UnsupportedError` for a call with
+    anything that changes the result and is no tensor. The call itself then raises it.
+    """
+    if per_run is not None and per_run < 1:
+        raise InputError(f"per_run is {per_run}; at least one call of a run must be kept")
+    with new_inputs(Path(path), overwrite=overwrite) as spool:
+        recorder = Recorder(spool, module, per_run, seed)
+        handle = module.register_forward_pre_hook(
+            lambda module, args, kwargs: recorder.record(args, kwargs), with_kwargs=True
+        )
+        try:
+            yield recorder
+        finally:
+            handle.remove()

@@ -42,6 +42,7 @@ KINDS = {
     frozenset({"emulator.json"}): EMULATOR,
     frozenset({"emloc.json"}): ADAPTER,
     frozenset({"emloc-merge.json"}): (*MODEL, "*.py", "__pycache__/*.pyc"),
+    frozenset({"emloc-head.json"}): MODEL,
     frozenset({"results.json", "commands.sh"}): DEMO,
 }
 

@@ -14,6 +14,7 @@ NOT_COPIED = (
     "*.index.json",
     "emulator.json",
     "emloc.json",
+    "emloc-*.json",
     "adapter_*.json",
     "trainer_state.json",
     "training*.json",

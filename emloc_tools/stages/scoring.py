@@ -116,7 +116,7 @@ def score(
             losses[adapter + 1, rows], right[adapter + 1, rows] = loss, hits
 
         handles = attach_loras(model, adapters, active)
-        stream.run([_forward(model, batches[number], stream.device, guard) for number, _ in wave], add)
+        stream.run([forward_of(model, batches[number], stream.device, guard) for number, _ in wave], add)
         for handle in handles:
             handle.remove()
     stream.close()
@@ -140,7 +140,7 @@ def waves_of(batches: Sequence[Batch], adapters: Sequence[int]) -> list[list[tup
     return waves
 
 
-def _forward(model: nn.Module, batch: Batch, device: torch.device, guard: Guard) -> Callable[[], torch.Tensor]:
+def forward_of(model: nn.Module, batch: Batch, device: torch.device, guard: Guard) -> Callable[[], torch.Tensor]:
     inputs = {name: tensor.to(device) for name, tensor in batch.inputs.items() if name != "labels"}
     options = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
 

@@ -44,6 +44,7 @@ HELPERS_OF_STAGES = {
     "decomposer",
     "gradient_sums",
     "gram_sums",
+    "head_fitting",
     "merge_checks",
     "merge_plan",
     "refusals",

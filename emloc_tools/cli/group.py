@@ -17,6 +17,7 @@ from emloc_tools.cli.calibrate import calibrate
 from emloc_tools.cli.correct import correct
 from emloc_tools.cli.demo import demo
 from emloc_tools.cli.evaluate import evaluate
+from emloc_tools.cli.fit_head import fit_head
 from emloc_tools.cli.inspect import inspect
 from emloc_tools.cli.merge import merge
 from emloc_tools.cli.merge_calibration import merge_calibration
@@ -95,7 +96,7 @@ def main() -> None:
 
 
 COMMANDS = (
-    *(record_inputs, calibrate, merge_calibration, build_emulator, truncate),
+    *(fit_head, record_inputs, calibrate, merge_calibration, build_emulator, truncate),
     *(correct, merge, evaluate, inspect, demo),
 )
 for command in COMMANDS:

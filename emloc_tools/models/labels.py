@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -43,6 +44,17 @@ def label_id(label: object, known: Mapping[str, int]) -> int:
         if isinstance(label, int) and label in known.values():
             return label
     raise ValueError(f"`label` is {label!r}, expected one of {shown(known)}")
+
+
+def trained_head(model: Any, tensors: Iterable[str]) -> list[str]:
+    """The modules of a sequence classifier's head that the tensors of a PEFT adapter change or replace, sorted.
+
+    A head is what lies outside of the model's body. None of another model counts as one.
+    """
+    if not classifies_sequences(type(model).__name__):
+        return []
+    modules = {re.sub(r"(\.lora_[AB])?\.\w+$", "", name.removeprefix("base_model.model.")) for name in tensors}
+    return sorted(name for name in modules if not name.startswith(f"{model.base_model_prefix}."))
 
 
 def numbered(labels: Iterable[object]) -> dict[str, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from emloc_tools.files.manifest import BaseRecord, CorrectedLayer, DataRecord, f
 from emloc_tools.linalg.correction import CLAMP
 from emloc_tools.models.base import choose_device, open_base
 from emloc_tools.models.data import Batch, load_batches
+from emloc_tools.models.labels import trained_head
 from emloc_tools.models.lora import LoraPair
 from emloc_tools.records import Progress, Step, silent
 from emloc_tools.stages.candidates import Target, load_pairs, open_base_target, require_shapes
@@ -44,13 +45,15 @@ class CorrectionResult:
     """What the correction did, per layer, and the held-out losses where they were measured.
 
     `output` is None if nothing was written: for a dry run, and where a choice fell on no LoRA at all. If it fell on
-    the LoRA as it was trained, `layers` is empty.
+    the LoRA as it was trained, `layers` is empty. `head` are the modules of a sequence classifier's head that were
+    trained, as a whole or by a pair, on what the emulator gave them, and are passed on.
     """
 
     output: Path | None
     layers: dict[str, CorrectedLayer]
     unchanged: list[str]
     heldout: HeldOut | None
+    head: list[str] = field(default_factory=list)
 
 
 def correct(
@@ -163,7 +166,7 @@ def correct(
             else:
                 selection = heldout.selection if heldout is not None else None
                 write_adapter(folder, config, tensors, fields=fields, selection=selection)
-    return CorrectionResult(output, records, unchanged, heldout)
+    return CorrectionResult(output, records, unchanged, heldout, trained_head(opened.model, trained.tensors.names()))
 
 
 class _Trial:

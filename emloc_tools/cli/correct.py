@@ -127,8 +127,8 @@ def correct(
     console.emit(result, as_json=as_json, quiet=quiet, draw=lambda out: _draw(out, result, base, dry_run))
     if result.head:
         console.warn(
-            f"{', '.join(result.head)} of the task's head was trained on the emulator and is passed on as it is; a head "
-            "drifts with the emulator's outputs, so fit it on the base with emloc-tools fit-head, and freeze it",
+            f"{', '.join(result.head)} of the task's head was trained on the emulator and is passed on as it is; such "
+            "a head drifts with the emulator, so fit it on the base with emloc-tools fit-head, and freeze it",
             hidden=quiet,
         )
     if result.heldout is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -115,6 +116,7 @@ def _emulator() -> list[Bad]:
         # Made when version 2 was to come. It still breaks the rule: version 2 has a field of its own.
         in_manifest("E2", "later-version", "format_version", lambda m: m.update(format_version=2)),
         in_manifest("E2", "version-3", "format_version", lambda m: m.update(format_version=3)),
+        in_manifest("E2", "version-5", "format_version", lambda m: m.update(format_version=5)),
         in_manifest("E3", "missing-field", "base", lambda m: m.pop("base")),
         in_manifest("E3", "fraction-for-count", "parameters", lambda m: m.update(parameters=50.5)),
         weighted_case("weighting-in-version-1", "weighting", lambda m: m.update(format_version=1)),
@@ -152,6 +154,36 @@ def _emulator() -> list[Bad]:
         Bad("E12", "code-missing", source, config, "auto_map.AutoModelForCausalLM", remove("modeling_emloc.py")),
         in_config("E13", "quantised", "quantization_config", lambda c: c.update(quantization_config={})),
         in_manifest("E14", "wrong-sum", "parameters", lambda m: m.update(parameters=m["parameters"] + 1)),
+        *_emulator_of_diffusers(),
+    ]
+
+
+def _emulator_of_diffusers() -> list[Bad]:
+    manifest, config, good = "emulator.json", "config.json", "ok-diffusers"
+    stock, stem = "model.safetensors", "diffusion_pytorch_model"
+
+    def rename(folder: Path) -> None:
+        (folder / f"{stem}.safetensors").rename(folder / stock)
+
+    def method(config: dict[str, Any]) -> None:
+        config["quantization_config"]["quant_method"] = "bitsandbytes"
+
+    def uncalibrated(manifest: dict[str, Any]) -> None:
+        manifest["calibration"] = None
+
+    other_class = lambda c: c.update(_class_name="EmlocFluxTransformer2DModel")  # noqa: E731
+    return [
+        Bad("E4", "name-of-another-library", good, f"{stem}.safetensors", "", rename),
+        Bad("E16", "other-method", good, config, "quantization_config", in_json(config, method)),
+        Bad("E17", "other-class", good, config, "_class_name", in_json(config, other_class)),
+        Bad(
+            "E18",
+            "weighted-without-calibration",
+            "ok-diffusers-weighted-shards",
+            manifest,
+            "calibration",
+            in_json(manifest, uncalibrated),
+        ),
     ]
 
 
@@ -189,6 +221,7 @@ def _adapter() -> list[Bad]:
         # Made when version 2 was to come. It still breaks the rule: version 2 has a field of its own.
         in_manifest("A8", "later-version", "format_version", lambda m: m.update(format_version=2)),
         in_manifest("A8", "version-3", "format_version", lambda m: m.update(format_version=3)),
+        in_manifest("A8", "version-4", "format_version", lambda m: m.update(format_version=4)),
         in_manifest("A9", "unknown-field", "layers." + Q + ".loss", lambda m: m["layers"][Q].update(loss=0.5)),
         chosen_case("A9", "selection-in-version-1", "selection", lambda m: m.update(format_version=1)),
         chosen_case("A9", "loss-of-nothing", "selection.candidates", lambda m: m["selection"].update(candidates=[])),
@@ -206,6 +239,46 @@ def _adapter() -> list[Bad]:
         chosen_case("A15", "chosen-is-none", "selection.chosen", lambda m: m["selection"].update(chosen=0)),
         chosen_case("A15", "chosen-is-absent", "selection.chosen", lambda m: m["selection"].update(chosen=4)),
         chosen_case("A16", "corrected-as-trained", f"layers.{Q}", lambda m: m["selection"].update(chosen=1)),
+        *_diffusers_lora(),
+    ]
+
+
+def _diffusers_lora() -> list[Bad]:
+    weights, manifest, good = "pytorch_lora_weights.safetensors", "emloc.json", "ok-diffusers"
+    A = "transformer.transformer_blocks.0.attn.to_q.lora_A.weight"
+    B, alpha = A.replace("lora_A", "lora_B"), "transformer.transformer_blocks.0.attn.to_k.alpha"
+
+    def to_unet(header: dict[str, Any]) -> None:
+        for name in (A, B):
+            header[name.replace("transformer.", "unet.", 1)] = header.pop(name)
+
+    def to_kohya(header: dict[str, Any]) -> None:
+        for name in [name for name in header if name.startswith("transformer.") and ".lora_" in name]:
+            header[name.replace("lora_A", "lora_down").replace("lora_B", "lora_up")] = header.pop(name)
+
+    text = lambda header: header["__metadata__"].update(lora_adapter_metadata="{")  # noqa: E731
+    described = lambda header: header["__metadata__"].update(lora_adapter_metadata="{}")  # noqa: E731
+    return [
+        Bad("A17", "metadata-is-no-json", good, weights, "lora_adapter_metadata", in_header(weights, text)),
+        Bad("A18", "two-components", good, weights, "", in_header(weights, to_unet)),
+        Bad("A18", "names-of-another-program", good, weights, "", in_header(weights, to_kohya)),
+        Bad(
+            "A19",
+            "negative-alpha",
+            "ok-diffusers-alpha",
+            weights,
+            alpha,
+            in_tensor(weights, alpha, torch.Tensor.neg_),
+        ),
+        Bad("A19", "alpha-beside-metadata", "ok-diffusers-alpha", weights, alpha, in_header(weights, described)),
+        Bad(
+            "A20",
+            "other-component",
+            "ok-diffusers-corrected",
+            manifest,
+            "component",
+            in_json(manifest, lambda m: m.update(component="unet")),
+        ),
     ]
 
 

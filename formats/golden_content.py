@@ -7,15 +7,18 @@ which is a stub here because no reader may run it. The tensors obey the formats;
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from emloc_tools.files.adapter_writer import write_adapter
+from emloc_tools.files.adapter_writer import write_adapter, write_diffusers_lora
 from emloc_tools.files.calibration import GramEntry, write_calibration
+from emloc_tools.files.diffusers_lora import DiffusersLora
 from emloc_tools.files.emulator_writer import EmulatorWriter
 from emloc_tools.files.folders import write_json
 from emloc_tools.files.manifest import (
@@ -30,7 +33,7 @@ from emloc_tools.files.manifest import (
 )
 from emloc_tools.files.packing import pack_lower
 from emloc_tools.files.tensors import ShardedWriter, TensorSpec, content_hash
-from emloc_tools.records import GradientGram, Loss, Orientation, Side
+from emloc_tools.records import GradientGram, Library, Loss, Orientation, Side
 
 MADE_BY = MadeBy(emloc_tools="1.0.0", libraries={"torch": "2.0.0", "transformers": "5.0.0"}, command="make_golden")
 REVISION = "0123456789abcdef0123456789abcdef01234567"
@@ -60,7 +63,7 @@ def values(seed: int, *shape: int) -> torch.Tensor:
 
 
 def base(architecture: str) -> BaseRecord:
-    family = "gpt2" if architecture.startswith("GPT2") else "llama"
+    family = next((name for name in ("gpt2", "flux") if architecture.lower().startswith(name)), "llama")
     return BaseRecord(id=f"example/tiny-{family}", revision=REVISION, architecture=architecture)
 
 
@@ -149,6 +152,7 @@ def emulator(
     calibrated: bool,
     weighted: bool = False,
     max_shard_size: int = LARGE,
+    library: Library = "transformers",
 ) -> None:
     """`layers` maps a name to (out, in, orientation, rank).
 
@@ -156,7 +160,7 @@ def emulator(
     """
     folder.mkdir(parents=True)
     conv1d = any(layer[2] == "conv1d" for layer in layers.values())
-    dense = {"lm_head.weight": values(1, 6, 4)}
+    dense = {"lm_head.weight" if library == "transformers" else "proj_out.weight": values(1, 6, 4)}
     if conv1d:
         dense |= {f"{name}.bias": values(2, rows) for name, (rows, *_) in layers.items()}
     dense = {name: tensor.to(dtype) for name, tensor in dense.items()}
@@ -166,6 +170,7 @@ def emulator(
         factored={name: (rows, columns, rank) for name, (rows, columns, _, rank) in layers.items()},
         dtype=dtype,
         max_shard_size=max_shard_size,
+        library=library,
     )
     for name, tensor in dense.items():
         writer.write_dense(name, tensor)
@@ -192,12 +197,16 @@ def emulator(
             energetic=rank,
             floored=0,
         )
-    architecture = "GPT2LMHeadModel" if conv1d else "LlamaForCausalLM"
+    architecture, auto = "GPT2LMHeadModel" if conv1d else "LlamaForCausalLM", "AutoModelForCausalLM"
+    config = {"architectures": [architecture], "model_type": "gpt2" if conv1d else "llama", "vocab_size": 6}
+    if library == "diffusers":
+        architecture, auto = "FluxTransformer2DModel", "AutoModel"
+        config = {"_class_name": architecture, "in_channels": 4}
     class_name = f"Emloc{architecture}"
     writer.finish(
-        base_config={"architectures": [architecture], "model_type": "gpt2" if conv1d else "llama", "vocab_size": 6},
+        base_config=config,
         class_name=class_name,
-        auto_map={"AutoModelForCausalLM": f"modeling_emloc.{class_name}"},
+        auto_map={auto: f"modeling_emloc.{class_name}"},
         modeling_file="modeling_emloc",
         modeling=MODELING,
         fields={
@@ -273,3 +282,45 @@ def adapter(
     data = DataRecord(file="heldout.jsonl", hash=content_hash(values(7, 4)), samples=2, tokens=8, max_length=16, seed=0)
     selection = None if chosen is None else Selection(data=data, candidates=CANDIDATES, chosen=chosen)
     write_adapter(folder, full, tensors, fields=fields, selection=selection)
+
+
+def diffusers_lora(
+    folder: Path, *, metadata: Mapping[str, Any] | None, alpha: float | None = None, corrected: bool = False
+) -> None:
+    """Two pairs of a transformer's 8 x 4 layers of rank 2, perhaps the second's alpha, and a text encoder's pair."""
+    folder.mkdir(parents=True)
+    modules = [f"transformer.transformer_blocks.0.attn.to_{name}" for name in "qk"]
+    others = ["text_encoder.text_model.encoder.layers.0.self_attn.q_proj"]
+    tensors = {}
+    for index, module in enumerate([*modules, *others]):
+        tensors[f"{module}.lora_A.weight"] = values(20 + index, 2, 4)
+        tensors[f"{module}.lora_B.weight"] = values(40 + index, 8, 2)
+    if alpha is not None:
+        tensors[f"{modules[1]}.alpha"] = torch.tensor(alpha)
+    header = {"format": "pt"}
+    if metadata is not None:
+        header["lora_adapter_metadata"] = json.dumps({f"transformer.{key}": value for key, value in metadata.items()})
+    specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in sorted(tensors.items())]
+    trained = folder.with_name(f"{folder.name}-trained") if corrected else folder
+    trained.mkdir(exist_ok=True)
+    writer = ShardedWriter(trained, "pytorch_lora_weights", specs, max_shard_size=LARGE, metadata=header)
+    for spec in specs:
+        writer.write(spec.name, tensors[spec.name])
+    writer.finish()
+    if not corrected:
+        return
+    opened = DiffusersLora(trained)
+    keys = opened.loras[modules[0].removeprefix("transformer.")]
+    report = {"rank": 2, "scaling": keys.scaling, "directions": 2, "clamped": 0, "delta_norm": 0.25, "update_norm": 1.5}
+    fields = {
+        "made_by": MADE_BY,
+        "base": base("FluxTransformer2DModel"),
+        "emulator": content_hash(values(5, 4)),
+        "trained_adapter": opened.hash,
+        "clamp": 3.0,
+        "layers": {modules[0].removeprefix("transformer."): report},
+        "unchanged": [name for name in sorted(tensors) if name not in (keys.A, keys.B)],
+    }
+    opened.close()
+    write_diffusers_lora(folder, opened, opened.config, tensors, fields=fields)
+    shutil.rmtree(trained)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from formats.bad_golden import BAD
-from formats.golden_content import Grams, Layers, RankedLayers, adapter, calibration, emulator
+from formats.golden_content import Grams, Layers, RankedLayers, adapter, calibration, diffusers_lora, emulator
 
 FORMATS = Path(__file__).parent
 
@@ -45,6 +45,21 @@ def make(root: Path) -> None:
     emulator(folder / "ok-plain-svd", up, dtype=torch.float32, calibrated=False)
     emulator(folder / "ok-weighted", up, dtype=torch.float32, calibrated=True, weighted=True)
 
+    of_flux: RankedLayers = {
+        "transformer_blocks.0.attn.to_q": (8, 4, "linear", 2),
+        "transformer_blocks.0.ff.net.2": (4, 8, "linear", 1),
+    }
+    emulator(folder / "ok-diffusers", of_flux, dtype=torch.float32, calibrated=True, library="diffusers")
+    emulator(
+        folder / "ok-diffusers-weighted-shards",
+        dict(list(of_flux.items())[:1]),
+        dtype=torch.bfloat16,
+        calibrated=True,
+        weighted=True,
+        library="diffusers",
+        max_shard_size=64,
+    )
+
     folder = root / "adapter" / "golden"
     modules = {"model.layers.0.self_attn.q_proj": 2, "model.layers.0.mlp.up_proj": 2}
     patterns = {
@@ -57,6 +72,11 @@ def make(root: Path) -> None:
     adapter(folder / "ok-corrected", modules, {}, dtype=torch.float16, corrected=True)
     for name, place in (("ok-chosen-as-trained", 1), ("ok-chosen-scaled", 2)):
         adapter(folder / name, modules, {}, dtype=torch.bfloat16, corrected=True, chosen=place)
+
+    described = {"peft_type": "LORA", "r": 2, "lora_alpha": 3, "use_rslora": False, "base_model_name_or_path": None}
+    diffusers_lora(folder / "ok-diffusers", metadata=described)
+    diffusers_lora(folder / "ok-diffusers-alpha", metadata=None, alpha=3.0)
+    diffusers_lora(folder / "ok-diffusers-corrected", metadata=described, corrected=True)
 
     for name in ("calibration", "emulator", "adapter"):
         golden, expected = root / name / "golden", {}

@@ -11,18 +11,21 @@ from pydantic import TypeAdapter
 from emloc_tools.files.manifest import (
     AdapterV1,
     AdapterV2,
+    AdapterV3,
     CalibrationV1,
     CalibrationV2,
     EmulatorV1,
     EmulatorV2,
+    EmulatorV3,
+    EmulatorV4,
     Strict,
 )
 
 # The models of the versions 1, 2, … of each format.
 MODELS: dict[str, tuple[type[Strict], ...]] = {
     "calibration": (CalibrationV1, CalibrationV2),
-    "emulator": (EmulatorV1, EmulatorV2),
-    "adapter": (AdapterV1, AdapterV2),
+    "emulator": (EmulatorV1, EmulatorV2, EmulatorV3, EmulatorV4),
+    "adapter": (AdapterV1, AdapterV2, AdapterV3),
 }
 
 

@@ -19,6 +19,8 @@ import numpy as np
 DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1"}
 DTYPES |= {"U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1", "BOOL": "?", "F8_E4M3": "u1", "F8_E5M2": "u1"}
 
+DESCRIPTION = "lora_adapter_metadata"
+
 
 def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """All tensors and the metadata of one file. BF16 comes as float32; 8-bit floats as their bytes."""
@@ -83,9 +85,10 @@ def read_calibration(folder: Path) -> dict[tuple[str, str], tuple[int, np.ndarra
 
 def read_emulator(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """`W_E (out, in)` in float64 of every factored layer, and every other tensor (the guard left out)."""
-    manifest = read_manifest(folder / "emulator.json", "emulator", 2)
-    index = folder / "model.safetensors.index.json"
-    shards = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
+    manifest = read_manifest(folder / "emulator.json", "emulator", 4)
+    single = f"{'diffusion_pytorch_model' if 'library' in manifest else 'model'}.safetensors"
+    index = folder / f"{single}.index.json"
+    shards = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else [single]
     others = read_shards(folder, shards)
     weights = {}
     for layer in manifest["layers"]:
@@ -97,18 +100,22 @@ def read_emulator(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, np.nda
 
 def read_adapter(folder: Path) -> tuple[dict[str, tuple[np.ndarray, np.ndarray, float]], bool]:
     """`A (r, in)`, `B (out, r)` and the scaling of every adapted module; and whether the adapter was corrected."""
-    config = read_json(folder / "adapter_config.json")
-    tensors, metadata = read_safetensors(folder / "adapter_model.safetensors")
+    peft = (folder / "adapter_config.json").exists()  # else in the file of diffusers, which may hold all of it
+    name = "adapter_model" if peft else "pytorch_lora_weights"
+    tensors, metadata = read_safetensors(folder / f"{name}.safetensors")
+    described = read_json(folder / "adapter_config.json") if peft else json.loads(metadata.get(DESCRIPTION, "{}"))
     pairs = {}
     for key, A in tensors.items():
-        if match := re.fullmatch(r"base_model\.model\.(.+)\.lora_A\.weight", key):
-            module = match[1]
-            rank = special(config.get("rank_pattern"), module, config["r"])
-            alpha = special(config.get("alpha_pattern"), module, config["lora_alpha"])
+        if match := re.fullmatch(r"(base_model\.model|(?:transformer|unet)(?:_\d+)?)\.(.+)\.lora_A\.weight", key):
+            place, module = match.groups()
+            config = {entry.removeprefix(f"{place}."): value for entry, value in described.items()}
+            given = tensors.get(f"{place}.{module}.alpha", len(A))
+            rank = special(config.get("rank_pattern"), module, config.get("r", len(A)))
+            alpha = special(config.get("alpha_pattern"), module, config.get("lora_alpha", float(given)))
             scaling = alpha / sqrt(rank) if config.get("use_rslora") else alpha / rank
             pairs[module] = (A, tensors[key.replace("lora_A", "lora_B")], scaling)
     if (folder / "emloc.json").exists():
-        read_manifest(folder / "emloc.json", "adapter", 2)
+        read_manifest(folder / "emloc.json", "adapter", 3)
     return pairs, "emloc" in metadata
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from emloc_tools.files.adapter import Adapter
 from emloc_tools.files.calibration import Calibration
+from emloc_tools.files.diffusers_lora import open_adapter
 from emloc_tools.files.emulator import Emulator
 
 FORMATS = Path(__file__).parents[2] / "formats"
@@ -42,7 +42,7 @@ def read_all(kind: str, folder: Path) -> dict[str, torch.Tensor]:
                 values[f"{layer}.{factor}"] = tensor
         emulator.close()
     else:
-        adapter = Adapter(folder)
+        adapter = open_adapter(folder)
         values = {name: adapter.read(name) for name in adapter.tensors.names()}
         for module in adapter.loras:
             values[f"{module} A"], values[f"{module} B"] = adapter.pair(module)

@@ -12,6 +12,7 @@ Side = Literal["input", "output"]
 Orientation = Literal["linear", "conv1d"]
 Allocation = Literal["uniform", "adaptive"]
 Weighting = Literal["none", "gradient"]
+Library = Literal["transformers", "diffusers"]
 Loss = Literal["next-token", "model"]  # what gradients are of; formats/calibration/SPEC.md says it in full
 
 
@@ -19,7 +20,9 @@ Loss = Literal["next-token", "model"]  # what gradients are of; formats/calibrat
 class Layer:
     """A linear layer of the base model: `y = W x + b` with `W (out_features, in_features)`.
 
-    `orientation` says how the checkpoint holds W: `linear` as it is, `conv1d` transposed (GPT-2's Conv1D).
+    `orientation` says how the checkpoint holds W: `linear` as it is, `conv1d` transposed (GPT-2's Conv1D). `experts`
+    is None but for a *stack*: one projection of that many experts, whose matrices are held in one tensor `(experts,
+    out, in)` (or transposed) named `name`, and factored with one rank.
     """
 
     name: str
@@ -27,16 +30,27 @@ class Layer:
     in_features: int
     orientation: Orientation
     has_bias: bool
+    experts: int | None = None
 
     @property
     def parameters(self) -> int:
-        """Number of entries of W."""
-        return self.out_features * self.in_features
+        """Number of entries of W, of all experts of a stack."""
+        return (self.experts or 1) * self.out_features * self.in_features
 
     @property
     def rank_cost(self) -> int:
-        """Number of stored values that one more rank costs: a column of U, an entry of S and a row of Vh."""
-        return self.out_features + self.in_features + 1
+        """Number of stored values that one more rank costs: a column of U, an entry of S and a row of Vh per matrix."""
+        return (self.experts or 1) * (self.out_features + self.in_features + 1)
+
+    def members(self) -> list[Layer]:
+        """The matrices as layers of their own: the layer itself, or those of a stack, called `<stack>.<number>`.
+
+        An expert's matrix is a layer without bias: its outputs are always observed before the bias is added.
+        """
+        if self.experts is None:
+            return [self]
+        shape = (self.out_features, self.in_features, self.orientation)
+        return [Layer(f"{self.name}.{number}", *shape, has_bias=False) for number in range(self.experts)]
 
 
 @dataclass(frozen=True)

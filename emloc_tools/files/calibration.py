@@ -15,9 +15,12 @@ import torch
 from emloc_tools.errors import FormatError
 from emloc_tools.files.folders import write_json
 from emloc_tools.files.manifest import (
+    CalibratedLayer,
+    CalibratedStack,
     CalibrationManifest,
     CalibrationV1,
     CalibrationV2,
+    CalibrationV3,
     GradientRecord,
     GramRecord,
     StoredGram,
@@ -27,20 +30,25 @@ from emloc_tools.files.manifest_reader import read_manifest
 from emloc_tools.files.opening import path_inside
 from emloc_tools.files.packing import pack_lower, packed_diagonal, packed_size, unpack_lower
 from emloc_tools.files.tensors import ShardedWriter, TensorFolder, TensorSpec, content_hash
-from emloc_tools.records import GradientGram, Gram, Loss, Side
+from emloc_tools.records import GradientGram, Gram, Layer, Loss, Side
 
 MANIFEST = "calibration.json"
+VERSIONS: tuple[type[CalibrationManifest], ...] = (CalibrationV1, CalibrationV2, CalibrationV3)
 
 Kind = Literal["data", "gradient"]
 
 
 class Calibration:
-    """A calibration folder. Opening checks everything but the tensors' values, which are checked as they are read."""
+    """A calibration folder. Opening checks everything but the tensors' values, which are checked as they are read.
+
+    `shapes` maps whatever may have statistics to its record: layers by name, experts as `<stack>.<number>`.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.path = folder, folder / MANIFEST
         # The manifest's hash identifies the whole calibration, for it holds the hash of every tensor.
-        self.manifest, self.hash = read_manifest(self.path, (CalibrationV1, CalibrationV2), rules=("C1", "C2", "C3"))
+        self.manifest, self.hash = read_manifest(self.path, VERSIONS, rules=("C1", "C2", "C3"))
+        self.shapes = self._shapes()
         self._check_layers()
         self.tensors = TensorFolder.of_files(self._shards(), rule="C4")
         self._record_of: dict[str, GramRecord] = {}
@@ -54,12 +62,34 @@ class Calibration:
     @property
     def loss(self) -> Loss | None:
         """What the gradients are of: `next-token` or `model`, as the specification defines them. None without any."""
-        return self.manifest.loss if isinstance(self.manifest, CalibrationV2) else None
+        return self.manifest.loss if isinstance(self.manifest, (CalibrationV2, CalibrationV3)) else None
+
+    @property
+    def stacks(self) -> dict[str, CalibratedStack]:
+        """The stacks of experts that have statistics of at least one expert."""
+        return self.manifest.experts if isinstance(self.manifest, CalibrationV3) else {}
+
+    @property
+    def reached(self) -> list[str]:
+        """What has statistics: the names of layers, and of experts as `<stack>.<number>`."""
+        return [name for name in self.shapes if name in self._record_of]
 
     @property
     def gradient_layers(self) -> frozenset[str]:
         """The layers that have a gradient."""
         return frozenset(self._gradient_of)
+
+    def has_data(self, layer: Layer) -> bool:
+        """Whether there are statistics of a layer, or of any expert of a stack."""
+        return any(member.name in self._record_of for member in layer.members())
+
+    def has_gradients(self, layer: Layer) -> bool:
+        """Whether there are gradients of a layer, or of any expert of a stack."""
+        return any(member.name in self._gradient_of for member in layer.members())
+
+    def weight_hash(self, layer: Layer) -> str:
+        """The content hash of the weight that a layer or stack had in calibration."""
+        return (self.manifest.layers if layer.experts is None else self.stacks)[layer.name].weight_hash
 
     def record(self, layer: str) -> GramRecord:
         """Which Gram of its data belongs to a layer."""
@@ -92,6 +122,15 @@ class Calibration:
             raise self._error("C9", record.tensor, "must be finite with a non-negative diagonal")
         return unpack_lower(packed, record.features)
 
+    def _shapes(self) -> dict[str, CalibratedLayer]:
+        shapes = dict(self.manifest.layers)
+        for stack, record in self.stacks.items():
+            for number in range(record.experts):
+                name = f"{stack}.{number}"
+                if shapes.setdefault(name, record) is not record:
+                    raise self._error("C12", f"layers.{name}", f"is one of the experts of {stack}, too")
+        return shapes
+
     def _check_layers(self) -> None:
         wrong = _repeated(self.manifest.unreached) or set(self.manifest.unreached) & set(self.manifest.layers)
         if wrong:
@@ -121,17 +160,25 @@ class Calibration:
         for layer in self.manifest.layers:
             if layer not in self._record_of:
                 raise self._error("C6", f"layers.{layer}", "belongs to no Gram of data")
-        if isinstance(self.manifest, CalibrationV2) and not self._gradient_of:
-            raise self._error("C11", "grams", "must hold a gradient; without any the version is 1 and has no `loss`")
+        unreached = set(self.manifest.unreached)
+        for stack, shape in self.stacks.items():
+            names = [f"{stack}.{number}" for number in range(shape.experts)]
+            for name in names:
+                if (name in self._record_of) == (name in unreached):
+                    raise self._error("C12", f"experts.{name}", "must have a Gram of data, or else be unreached")
+            if unreached.issuperset(names):
+                raise self._error("C12", f"experts.{stack}", "has no expert with data, and must be left out")
+        if (self.loss is not None) != bool(self._gradient_of):
+            raise self._error("C11", "grams", "must hold a gradient if there is a `loss`, and none without")
 
     def _take(self, record: StoredGram) -> None:
         """Enter a record for its layers."""
         for layer in record.layers:
             taken = self._gradient_of if isinstance(record, GradientRecord) else self._record_of
-            if layer in taken or layer not in self.manifest.layers:
+            if layer in taken or layer not in self.shapes:
                 message = f"lists {layer}, which another Gram of its kind lists or `layers` does not"
                 raise self._error("C6", record.tensor, message)
-            shape = self.manifest.layers[layer]
+            shape = self.shapes[layer]
             side = _side(record)
             expected = shape.in_features if side == "input" else shape.out_features
             if record.features != expected:
@@ -214,8 +261,8 @@ def write_calibration(
 ) -> CalibrationManifest:
     """Write a calibration folder. `read(entry)` gives the packed Gram; `fields` are the other manifest fields.
 
-    The version is 2 if an entry is a gradient; then `loss` must be among the fields. Without any gradient there is
-    nothing to say about a loss: the version is 1 and `loss`, if given, is left out.
+    The version is 3 if the fields name `experts`, else 2 if an entry is a gradient; then `loss` must be among the
+    fields. Without any gradient there is nothing to say about a loss: `loss`, if given, is left out.
     """
     entries = sorted(entries, key=lambda entry: (entry.layers, entry.kind))
     specs = {entry: TensorSpec(_tensor_name(entry), torch.float32, (packed_size(entry.features),)) for entry in entries}
@@ -230,12 +277,16 @@ def write_calibration(
         writer.close()
     grams = [_stored(entry, spec.name, writer.hashes[spec.name]) for entry, spec in specs.items()]
     fields = {**fields, "grams": grams, "shards": shards}
-    manifest: CalibrationManifest
-    if any(entry.kind == "gradient" for entry in entries):
-        manifest = CalibrationV2.model_validate(fields)
+    has_gradients = any(entry.kind == "gradient" for entry in entries)
+    if fields.get("experts"):
+        version = 3
+        fields["loss"] = fields.get("loss") if has_gradients else None
     else:
-        fields.pop("loss", None)
-        manifest = CalibrationV1.model_validate(fields)
+        version = 2 if has_gradients else 1
+        fields = {name: value for name, value in fields.items() if name != "experts"}
+        if not has_gradients:
+            fields.pop("loss", None)
+    manifest = VERSIONS[version - 1].model_validate(fields)
     write_json(folder / MANIFEST, manifest_dict(manifest))
     return manifest
 

@@ -10,13 +10,23 @@ from typing import Any
 import torch
 
 from emloc_tools.errors import UnsupportedError
-from emloc_tools.files.emulator import FACTORS, MANIFEST
+from emloc_tools.files.emulator import MANIFEST, QUANT_METHOD, STEMS, factor_names, factor_shapes
 from emloc_tools.files.folders import write_json, write_text
-from emloc_tools.files.manifest import EmulatorManifest, EmulatorV1, EmulatorV2, WeightingRecord, manifest_dict
+from emloc_tools.files.manifest import (
+    EmulatorManifest,
+    EmulatorV1,
+    EmulatorV2,
+    EmulatorV3,
+    EmulatorV4,
+    FactoredStack,
+    WeightingRecord,
+    manifest_dict,
+)
 from emloc_tools.files.tensors import ShardedWriter, TensorSpec
+from emloc_tools.records import Library
 
 CARD = """---
-library_name: transformers
+library_name: {library}
 base_model: {base}
 tags:
 - emloc
@@ -25,17 +35,27 @@ tags:
 
 # EMLoC emulator of {base}
 
-A light low-rank stand-in for **{base}** ({architecture}), made by emloc-tools {version}: {layers} linear layers are
+A light low-rank stand-in for **{base}** ({architecture}), made by emloc-tools {version}: {layers} are
 held as `U diag(S) Vh`, {parameters:,} parameters instead of {base_parameters:,}. It is made for one thing: training a
 LoRA in little memory. It is not a model to use by itself.
 
-1. Load it with the Auto classes of transformers and `trust_remote_code=True`, and train a LoRA with any trainer.
+1. {loading}
 2. Run `emloc-tools correct --emulator THIS_FOLDER --adapter YOUR_LORA --base {base} --output CORRECTED`.
 3. Use the corrected LoRA with {base}.
 
-Do not merge a LoRA into this emulator. Without `trust_remote_code` loading fails with a shape error, which is intended.
+Do not merge a LoRA into this emulator. {otherwise}
 What it was made from is in `emulator.json`.
 """
+LOADING: dict[Library, str] = {
+    "transformers": "Load it with the Auto classes of transformers and `trust_remote_code=True`, and train a LoRA with "
+    "any trainer.",
+    "diffusers": "Load it with `{architecture}.from_pretrained` after `import emloc_tools`, or with `AutoModel` of\n"
+    "   diffusers and `trust_remote_code=True`, and train a LoRA with any trainer.",
+}
+OTHERWISE: dict[Library, str] = {
+    "transformers": "Without `trust_remote_code` loading fails with a shape error, which is intended.",
+    "diffusers": "Otherwise loading fails with an unknown quantization type, which is intended.",
+}
 
 
 @dataclass(frozen=True)
@@ -54,8 +74,9 @@ class WrittenEmulator:
 class EmulatorWriter:
     """Writes the tensors of an emulator in any order, then everything else.
 
-    `dense` are tensors taken over from the base; `factored` maps a layer to its `(out, in, rank)`. The factors have
-    `dtype`.
+    `dense` are tensors taken over from the base; `factored` maps a layer to its `(out, in, rank)`, `stacks` those of
+    experts to their `(experts, out, in, rank)`. The factors have `dtype`. `library` is the one that is to load the
+    folder.
     """
 
     def __init__(
@@ -64,24 +85,30 @@ class EmulatorWriter:
         *,
         dense: Iterable[TensorSpec],
         factored: Mapping[str, tuple[int, int, int]],
+        stacks: Mapping[str, tuple[int, int, int, int]] | None = None,
         dtype: torch.dtype,
         max_shard_size: int,
+        library: Library = "transformers",
     ) -> None:
-        self._folder = folder
+        self._folder, self._library = folder, library
         specs = list(dense)
-        for name, (out_features, in_features, rank) in factored.items():
-            shapes = ((out_features, rank), (rank,), (rank, in_features))
-            specs += [
-                TensorSpec(f"{name}.{factor}", dtype, shape) for factor, shape in zip(FACTORS, shapes, strict=True)
-            ]
+        self._stacks = stacks = stacks or {}
+        for name, shape in factored.items():
+            shapes = zip(factor_names(name), factor_shapes(*shape), strict=True)
+            specs += [TensorSpec(tensor, dtype, of) for tensor, of in shapes]
+        for name, (experts, *shape_of_each) in stacks.items():
+            stacked = factor_shapes(*shape_of_each, experts=experts)
+            shapes = zip(factor_names(name, stack=True), stacked, strict=True)
+            specs += [TensorSpec(tensor, dtype, of) for tensor, of in shapes]
         self.parameters = sum(torch.Size(spec.shape).numel() for spec in specs)
-        # The guard: a weight of one element, on which any loader without our class fails.
-        self._guard = f"{min(factored)}.weight"
+        # The guard: a weight of one element, on which any loader without our class fails. That of a stack of experts
+        # has the name of the stack itself.
+        self._guard = f"{min(factored)}.weight" if factored else min(stacks)
         specs.append(TensorSpec(self._guard, dtype, (1,)))
         self._dtype = dtype
         self.tensors = ShardedWriter(
             folder,
-            "model",
+            STEMS[library],
             sorted(specs, key=lambda spec: _natural(spec.name)),
             max_shard_size=max_shard_size,
             metadata={"format": "pt"},
@@ -93,9 +120,9 @@ class EmulatorWriter:
         self.tensors.write(name, tensor)
 
     def write_factors(self, layer: str, U: torch.Tensor, S: torch.Tensor, Vh: torch.Tensor) -> None:
-        """The factors of a layer, in any float dtype."""
-        for factor, tensor in zip(FACTORS, (U, S, Vh), strict=True):
-            self.tensors.write(f"{layer}.{factor}", tensor.to(self._dtype))
+        """The factors of a layer or of a stack of experts, in any float dtype."""
+        for name, tensor in zip(factor_names(layer, stack=layer in self._stacks), (U, S, Vh), strict=True):
+            self.tensors.write(name, tensor.to(self._dtype))
 
     def finish(
         self,
@@ -110,7 +137,8 @@ class EmulatorWriter:
     ) -> EmulatorManifest:
         """Write all other files. `base_config` is the base's config.json; `fields` are the manifest's other fields.
 
-        The version is 2 with a `weighting`, and 1 without. Raises `UnsupportedError` for a quantised base.
+        The version is 4 for diffusers, 3 with `experts`, else 2 with a `weighting`, and 1 without. `class_name` is the
+        emulator's own class, which diffusers has no use for. Raises `UnsupportedError` for a quantised base.
         """
         if base_config.get("quantization_config") is not None:
             raise UnsupportedError(
@@ -118,27 +146,33 @@ class EmulatorWriter:
             )
         self.tensors.finish()
         fields = {**fields, "parameters": self.parameters, "tensors": dict(sorted(self.tensors.hashes.items()))}
+        experts = fields.pop("experts", None)
         manifest: EmulatorManifest
-        if weighting is None:
+        if self._library == "diffusers":
+            manifest = EmulatorV4.model_validate({**fields, "library": self._library, "weighting": weighting})
+        elif experts:
+            manifest = EmulatorV3.model_validate({**fields, "experts": experts, "weighting": weighting})
+        elif weighting is None:
             manifest = EmulatorV1.model_validate(fields)
         else:
             manifest = EmulatorV2.model_validate({**fields, "weighting": weighting})
         ranks = {name: layer.rank for name, layer in manifest.layers.items()}
+        ranks |= {name: stack.rank for name, stack in factored_stacks(manifest).items()}
+        own = {"format_version": manifest.format_version, "ranks": ranks}
         # The base's own keys stay as they are: other versions of transformers write others.
-        config = {
-            **{key: value for key, value in base_config.items() if key != "quantization_config"},
-            "architectures": [class_name],
-            "auto_map": dict(auto_map),
-            "emloc": {"format_version": manifest.format_version, "ranks": ranks},
-        }
+        config = {key: value for key, value in base_config.items() if key != "quantization_config"}
+        if self._library == "diffusers":
+            config |= {"auto_map": dict(auto_map), "quantization_config": {"quant_method": QUANT_METHOD, **own}}
+        else:
+            config |= {"architectures": [class_name], "auto_map": dict(auto_map), "emloc": own}
         files = set(self.tensors.weight_map.values())
         if len(files) > 1:
             metadata = {"total_size": self.tensors.total_size}
             index = {"metadata": metadata, "weight_map": self.tensors.weight_map}
-            write_json(self._folder / "model.safetensors.index.json", index)
+            write_json(self._folder / f"{STEMS[self._library]}.safetensors.index.json", index)
         write_json(self._folder / "config.json", config)
         write_text(self._folder / f"{modeling_file}.py", modeling)
-        write_text(self._folder / "README.md", _card(manifest))
+        write_text(self._folder / "README.md", _card(manifest, self._library))
         write_json(self._folder / MANIFEST, manifest_dict(manifest))
         return manifest
 
@@ -147,15 +181,30 @@ class EmulatorWriter:
         self.tensors.close()
 
 
-def _card(manifest: EmulatorManifest) -> str:
+def _card(manifest: EmulatorManifest, library: Library) -> str:
     return CARD.format(
+        library=library,
+        loading=LOADING[library].format(architecture=manifest.base.architecture),
+        otherwise=OTHERWISE[library],
         base=manifest.base.id,
         architecture=manifest.base.architecture,
         version=manifest.made_by.emloc_tools,
-        layers=len(manifest.layers),
+        layers=_factored(manifest),
         parameters=manifest.parameters,
         base_parameters=manifest.base_parameters,
     )
+
+
+def factored_stacks(manifest: EmulatorManifest) -> dict[str, FactoredStack]:
+    """The stacks of experts in a manifest of any version."""
+    return manifest.experts if isinstance(manifest, EmulatorV3) else {}
+
+
+def _factored(manifest: EmulatorManifest) -> str:
+    layers, stacks = len(manifest.layers), factored_stacks(manifest)
+    if not stacks:
+        return f"{layers} linear layers"
+    return f"{layers} linear layers and {sum(len(stack.experts) for stack in stacks.values())} matrices of experts"
 
 
 def _natural(name: str) -> list[tuple[int, int | str]]:

@@ -15,7 +15,7 @@ import xxhash
 from pydantic import BaseModel, ConfigDict, Field
 
 import emloc_tools
-from emloc_tools.records import Allocation, Loss, Orientation, Side
+from emloc_tools.records import Allocation, Library, Loss, Orientation, Side
 
 LARGEST = 2**53 - 1  # the largest integer that every JSON reader holds exactly
 
@@ -72,6 +72,12 @@ class CalibratedLayer(Strict):
     orientation: Orientation
     has_bias: bool
     weight_hash: Hash
+
+
+class CalibratedStack(CalibratedLayer):
+    """Shape and identity of one projection of a group of experts, whose weights are one tensor. Shapes are of each."""
+
+    experts: Count
 
 
 class StoredGram(Strict):
@@ -134,6 +140,18 @@ class CalibrationV2(CalibrationManifest):
     loss: Loss
 
 
+class CalibrationV3(CalibrationManifest):
+    """`calibration.json` with statistics of experts, one by one, and of gradients or not."""
+
+    format_version: Literal[3] = 3
+    experts: Annotated[dict[Name, CalibratedStack], Field(min_length=1)]
+    grams: Annotated[
+        list[Annotated[GramRecord | GradientRecord, Field(discriminator="side")]],
+        Field(min_length=1),
+    ]
+    loss: Loss | None
+
+
 class CalibrationReference(Strict):
     """The calibration that an emulator was built with."""
 
@@ -160,6 +178,27 @@ class FactoredLayer(Strict):
     floored: Amount
 
 
+class FactoredExpert(Strict):
+    """How good the factors of one expert are. `tokens` were routed to it in calibration; with none they are an SVD."""
+
+    tokens: Amount
+    relative_error: Magnitude
+    total_energy: Magnitude
+    energetic: Amount
+    floored: Amount
+
+
+class FactoredStack(Strict):
+    """One projection of a group of experts, held as `U[e] diag(S[e]) Vh[e]` of one rank; shapes are of each expert."""
+
+    out_features: Count
+    in_features: Count
+    orientation: Orientation
+    rank: Count
+    weight_hash: Hash
+    experts: Annotated[list[FactoredExpert], Field(min_length=1)]
+
+
 class WeightingRecord(Strict):
     """How the loss gradient weighted the error: `damping`, a share of its mean square, was added to every direction.
 
@@ -183,7 +222,7 @@ class EmulatorManifest(Strict):
     eigen_dtype: Literal["float32", "float64"]
     parameters: Count
     base_parameters: Count
-    layers: Annotated[dict[Name, FactoredLayer], Field(min_length=1)]
+    layers: dict[Name, FactoredLayer]
     tensors: dict[Name, Hash]
     ignored_tensors: list[str]
 
@@ -192,6 +231,7 @@ class EmulatorV1(EmulatorManifest):
     """`emulator.json` of an emulator whose error is that of the outputs as they are."""
 
     format_version: Literal[1] = 1
+    layers: Annotated[dict[Name, FactoredLayer], Field(min_length=1)]
 
 
 class EmulatorV2(EmulatorManifest):
@@ -199,7 +239,25 @@ class EmulatorV2(EmulatorManifest):
 
     format_version: Literal[2] = 2
     calibration: CalibrationReference
+    layers: Annotated[dict[Name, FactoredLayer], Field(min_length=1)]
     weighting: WeightingRecord
+
+
+class EmulatorV3(EmulatorManifest):
+    """`emulator.json` of an emulator with factored experts, weighted or not."""
+
+    format_version: Literal[3] = 3
+    experts: Annotated[dict[Name, FactoredStack], Field(min_length=1)]
+    weighting: WeightingRecord | None
+
+
+class EmulatorV4(EmulatorManifest):
+    """`emulator.json` of an emulator that another `library` than transformers loads, weighted or not."""
+
+    format_version: Literal[4] = 4
+    layers: Annotated[dict[Name, FactoredLayer], Field(min_length=1)]
+    library: Literal["diffusers"]
+    weighting: WeightingRecord | None
 
 
 class CorrectedLayer(Strict):
@@ -272,11 +330,21 @@ class AdapterV2(AdapterManifest):
     selection: Selection
 
 
-def made_by(command: str) -> MadeBy:
-    """The versions at work and the command line, for a manifest. No time: equal inputs give equal files."""
+class AdapterV3(AdapterManifest):
+    """`emloc.json` of a corrected LoRA in the file of diffusers; `component` is the part of the pipeline it is for."""
+
+    format_version: Literal[3] = 3
+    component: Name
+
+
+def made_by(command: str, library: Library = "transformers") -> MadeBy:
+    """The versions at work and the command line, for a manifest. No time: equal inputs give equal files.
+
+    `library` is the one that the base is a model of.
+    """
     return MadeBy(
         emloc_tools=emloc_tools.__version__,
-        libraries={name: version(name) for name in ("torch", "transformers")},
+        libraries={name: version(name) for name in dict.fromkeys(("torch", "transformers", library))},
         command=command,
     )
 

@@ -17,7 +17,7 @@ def uniform_rank(layer: Layer, ratio: float) -> int:
 
     That is the paper's rule: U and Vh together hold `ratio` of W's values (S, of one value per direction, aside).
     """
-    exact = ratio * layer.parameters / (layer.out_features + layer.in_features)
+    exact = ratio * layer.out_features * layer.in_features / (layer.out_features + layer.in_features)
     rank = math.floor(exact * (1 + 1e-12))  # 0.57 · 100 is 56.99999999999999 in binary
     return max(1, min(rank, layer.out_features, layer.in_features))
 

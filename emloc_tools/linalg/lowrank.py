@@ -107,10 +107,13 @@ def complete_directions(U: torch.Tensor, W: torch.Tensor, rank: int) -> torch.Te
 def truncate(
     U: torch.Tensor, S: torch.Tensor, Vh: torch.Tensor, rank: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The emulator of lower rank: factors are sorted, so it is a prefix of the larger one (views, no copies)."""
-    if not 1 <= rank <= S.numel():
-        raise ValueError(f"rank {rank} is outside 1..{S.numel()}")
-    return U[:, :rank], S[:rank], Vh[:rank]
+    """The emulator of lower rank: factors are sorted, so it is a prefix of the larger one (views, no copies).
+
+    The factors of a stack of experts have one more dimension in front.
+    """
+    if not 1 <= rank <= S.shape[-1]:
+        raise ValueError(f"rank {rank} is outside 1..{S.shape[-1]}")
+    return U[..., :rank], S[..., :rank], Vh[..., :rank, :]
 
 
 def _directions(W: torch.Tensor, unit: float, gram: Gram | None, rank: int) -> tuple[torch.Tensor, torch.Tensor]:

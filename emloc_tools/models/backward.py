@@ -49,6 +49,7 @@ from torch.utils._pytree import tree_leaves
 
 from emloc_tools.errors import InputError
 from emloc_tools.models.calls import Call, Visit
+from emloc_tools.models.experts import module_of, tapped_experts
 from emloc_tools.models.forwards import OtherForward, hook_ids, without_hooks
 from emloc_tools.models.gradients import Gradient, tapped
 from emloc_tools.models.graph import Saved
@@ -90,7 +91,11 @@ class BackwardLockStep(LockStep):
         self.on_backward_unit_done: Callable[[Unit], None] | None = None
         self.spilled = 0
         self._folder = spill
-        self._layers = {model.get_submodule(layer.name): layer for layer in layers}
+        self._layers = {model.get_submodule(layer.name): layer for layer in layers if layer.experts is None}
+        self._stacks: dict[nn.Module, dict[str, Layer]] = {}  # of each experts module, by projection
+        for stack in layers:
+            if stack.experts is not None:
+                self._stacks.setdefault(module_of(model, stack), {})[stack.name.rpartition(".")[2]] = stack
         self._wrapped: set[nn.Module] = set()
         self._own_hooks = hook_ids(model)
         self._anchor = torch.zeros((), device=device, requires_grad=True)
@@ -162,7 +167,9 @@ class BackwardLockStep(LockStep):
         """The module's forward, which now waits for its weights and is recorded, or takes part in a replay."""
         forward, layer = module.forward, self._layers.get(module)
         with_tap = forward if layer is None else tapped(layer, forward, self._report)
-        has_layers = any(member in self._layers for member in module.modules())
+        if module in self._stacks:
+            with_tap = tapped_experts(module, self._stacks[module], self._report)
+        has_layers = any(member in self._layers or member in self._stacks for member in module.modules())
 
         def run(*args: Any, **kwargs: Any) -> Any:
             return (with_tap if self._replaying else forward)(*args, **kwargs)

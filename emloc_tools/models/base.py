@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,10 +12,11 @@ from torch import nn
 
 from emloc_tools.errors import InputError
 from emloc_tools.files.tensors import TensorFolder
+from emloc_tools.models.diffusion import DiffusersConfig, stored_dtype
 from emloc_tools.models.skeleton import build_skeleton, compute_dtype, load_config, model_class
 from emloc_tools.models.source import Source, first_line, open_source, open_tensors
 from emloc_tools.models.weights import ModelWeights
-from emloc_tools.records import Layer
+from emloc_tools.records import Layer, Library
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,11 @@ class BaseModel:
     architecture: str
     model: nn.Module
     tensors: TensorFolder
+
+    @property
+    def library(self) -> Library:
+        """The library that the model's class belongs to."""
+        return "diffusers" if isinstance(self.config, DiffusersConfig) else "transformers"
 
     def weights(self, layers: Collection[Layer] = ()) -> ModelWeights:
         """The checkpoint by model names; hashes of the given layers' weights are collected as they are read."""
@@ -43,18 +49,23 @@ def open_base(
     source = open_source(base, revision=revision, trust_remote_code=trust_remote_code)
     config = load_config(source, trust_remote_code=trust_remote_code)
     cls = model_class(config, source, trust_remote_code=trust_remote_code)
+    if isinstance(config, DiffusersConfig):
+        tensors = open_tensors(source, "diffusers")
+        config = replace(config, dtype=stored_dtype(tensors))
+        model = build_skeleton(cls, config, dtype=compute_dtype(config, dtype))
+        return BaseModel(source, config, cls.__name__, model, tensors)
     model = build_skeleton(cls, config, dtype=compute_dtype(config, dtype))
     return BaseModel(source, config, cls.__name__, model, open_tensors(source))
 
 
 def weight_name(layer: Layer) -> str:
-    """The name of a layer's weight in the model."""
-    return f"{layer.name}.weight"
+    """The name of a layer's weight in the model; a stack of experts is a parameter itself."""
+    return layer.name if layer.experts else f"{layer.name}.weight"
 
 
 def oriented(layer: Layer, weight: torch.Tensor) -> torch.Tensor:
-    """A stored weight as `W (out, in)`: the transpose of a Conv1D's."""
-    return weight.T if layer.orientation == "conv1d" else weight
+    """A stored weight as `W (out, in)`: the transpose of a Conv1D's. That of a stack has the experts in front."""
+    return weight.mT if layer.orientation == "conv1d" else weight
 
 
 def choose_device(device: str) -> str:

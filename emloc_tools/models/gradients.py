@@ -19,12 +19,16 @@ class Gradient:
     model's dtype. On the side `output` it is `g (..., out)`; on the side `input`, for layers with out > in, `Wᵀg
     (..., in)`, of which `Σ (Wᵀg)(Wᵀg)ᵀ = Wᵀ (Σ g gᵀ) W`. `squares (...,)` is `‖g‖²` of every row in float32 (float64
     for float64 models): its sum is the trace of `Σ g gᵀ`, on either side.
+
+    An expert reads some rows of its module's input only: then `tokens (rows,)` says which of the `of` rows these are.
     """
 
     layer: str
     side: Side
     rows: torch.Tensor
     squares: torch.Tensor
+    tokens: torch.Tensor | None = None
+    of: int = 0
 
 
 def gradient_side(layer: Layer) -> Side:

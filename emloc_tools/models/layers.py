@@ -9,6 +9,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from emloc_tools.errors import InputError
+from emloc_tools.models.experts import stacks_of
 from emloc_tools.models.linears import is_linear
 from emloc_tools.records import Layer
 
@@ -16,31 +17,33 @@ ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
 
 
 def select_layers(model: nn.Module, *, targets: str | None = None, exclude: str | None = None) -> list[Layer]:
-    """The linear layers to treat, in the model's order.
+    """The linear layers to treat, in the model's order; fused experts as one stack per projection.
 
     By default those inside repeated blocks, without routers: embeddings and heads stay dense. `targets` replaces that
-    choice by every linear layer whose name matches the regular expression (searched anywhere in the name), `exclude`
-    takes away. A layer that shares its weight with another module is never chosen by default. Raises `InputError` for
-    a pattern that matches nothing or is not a regular expression.
+    choice by every linear layer and stack whose name matches the regular expression (searched anywhere in the name),
+    `exclude` takes away. A layer that shares its weight with another module is never chosen by default. Raises
+    `InputError` for a pattern that matches nothing or is not a regular expression.
     """
-    linears = {name: module for name, module in model.named_modules() if is_linear(module)}
+    layers = _all_layers(model)
     if targets is None:
         tied = _tied_parameters(model)
         chosen = [
             name
-            for name, module in linears.items()
-            if _in_block(model, name) and ROUTERS.isdisjoint(name.split(".")) and id(module.weight) not in tied
+            for name in layers
+            if in_block(model, name)
+            and ROUTERS.isdisjoint(name.split("."))
+            and id(_weight(model, layers[name])) not in tied
         ]
         if not chosen:
             raise InputError(f"{type(model).__name__} has no linear layer inside repeated blocks; choose by --targets")
     else:
-        chosen = _matching(list(linears), targets, "--targets")
+        chosen = _matching(list(layers), targets, "--targets")
     if exclude is not None:
         excluded = set(_matching(chosen, exclude, "--exclude"))
         chosen = [name for name in chosen if name not in excluded]
         if not chosen:
             raise InputError(f"--exclude {exclude!r} leaves no layer")
-    return [describe(name, linears[name]) for name in chosen]
+    return [layers[name] for name in chosen]
 
 
 def describe(name: str, module: nn.Module) -> Layer:
@@ -52,7 +55,19 @@ def describe(name: str, module: nn.Module) -> Layer:
     return Layer(name, rows, columns, "linear", module.bias is not None)
 
 
-def _in_block(model: nn.Module, name: str) -> bool:
+def _all_layers(model: nn.Module) -> dict[str, Layer]:
+    """Every linear layer and stack of experts by name."""
+    found = []
+    for name, module in model.named_modules():
+        found += [describe(name, module)] if is_linear(module) else stacks_of(name, module)
+    return {layer.name: layer for layer in found}
+
+
+def _weight(model: nn.Module, layer: Layer) -> nn.Parameter:
+    return model.get_parameter(layer.name if layer.experts else f"{layer.name}.weight")
+
+
+def in_block(model: nn.Module, name: str) -> bool:
     """Whether an element of a ModuleList holds the module, at any depth but as its own element."""
     parts = name.split(".")
     lists = (".".join(parts[:depth]) for depth in range(1, len(parts) - 1))

@@ -9,17 +9,21 @@ from torch import nn
 
 from emloc_tools.errors import UnsupportedError
 from emloc_tools.files.emulator import Emulator
-from emloc_tools.models.lowrank_modules import factor_layers
+from emloc_tools.models.diffusion import diffusers_class
+from emloc_tools.models.lowrank_modules import RefusesExperts, factor_layers
 
 
 def load_emulator(path: str | Path, **options: Any) -> Any:
-    """The emulator as a transformers model, like `from_pretrained(path, trust_remote_code=True, **options)`.
+    """The emulator as a model of its library, like `from_pretrained(path, trust_remote_code=True, **options)`.
 
     The folder is checked first, and its modeling file is not executed. Raises `FormatError` if it is not an emulator.
     """
     emulator = Emulator(Path(path))
     emulator.close()
-    cls = emulator_class(emulator.manifest.base.architecture)
+    architecture = emulator.manifest.base.architecture
+    if emulator.library == "diffusers":  # which knows how to load it since emloc_tools was imported
+        return diffusers_class(architecture, str(path)).from_pretrained(path, **options)  # type: ignore[attr-defined]
+    cls = emulator_class(architecture)
     return cls.from_pretrained(path, **options)  # type: ignore[attr-defined]
 
 
@@ -36,4 +40,4 @@ def emulator_class(architecture: str) -> type[nn.Module]:
         factor_layers(self, config.emloc["ranks"])
 
     # The class keeps its name and does not count as transformers' own, so that no key conversions are applied.
-    return type(f"Emloc{architecture}", (base,), {"__init__": __init__, "__module__": __name__})
+    return type(f"Emloc{architecture}", (RefusesExperts, base), {"__init__": __init__, "__module__": __name__})

@@ -6,7 +6,7 @@ and works with transformers 4.56 and later.
 
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -19,6 +19,11 @@ DERIVED = (
     "this layer of an EMLoC emulator is low-rank (U, S, Vh); its dense weight is derived and cannot be written. Do not "
     "merge into the emulator, and do not use an init_lora_weights that rewrites the base weight (pissa, olora, loftq, "
     "corda, ...). Correct the adapter with `emloc-tools correct`, then merge it into the original model."
+)
+FROZEN = (
+    "the experts of an EMLoC emulator are frozen and take no LoRA. Adapt the attention, such as target_modules="
+    "['q_proj', 'k_proj', 'v_proj', 'o_proj'], without target_parameters: PEFT makes them of 'all-linear' and of the "
+    "names of the experts' projections for some models"
 )
 
 
@@ -162,18 +167,164 @@ class LowRankConv1D(LowRankLayer, Conv1D):  # type: ignore[misc]
         return DerivedWeight(lambda: self._dense().t().contiguous(), shape, self.U.dtype, self.U.device)
 
 
+class Routing(NamedTuple):
+    """Which rows of an experts module's input `(rows, in)` go where: one slot per row and expert, sorted by expert.
+
+    `tokens (slots,)` are the rows, `experts (slots,)` their experts; `counts` says how many slots each expert has.
+    """
+
+    tokens: torch.Tensor
+    experts: torch.Tensor
+    counts: list[int]
+    rows: int
+
+
+def experts_forward(
+    module: Any,
+    project: Callable[[str, torch.Tensor, Routing], torch.Tensor],
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+) -> torch.Tensor:
+    """What a module of fused experts of transformers 5 computes, with its projections left to `project`.
+
+    `project(name, x (slots, in), routing)` gives `(slots, out)`, bias included. An index beyond the experts means none.
+    """
+    top_k = top_k_index.shape[-1]
+    experts, order = torch.sort(top_k_index.reshape(-1), stable=True)
+    counts = torch.bincount(experts, minlength=module.num_experts)[: module.num_experts].tolist()
+    slots = sum(counts)
+    order = order[:slots]
+    routing = Routing(order // top_k, experts[:slots], counts, hidden_states.shape[0])
+    x = hidden_states[routing.tokens]
+    y = project("gate_up_proj" if module.has_gate else "up_proj", x, routing)
+    y = project("down_proj", module._apply_gate(y) if module.has_gate else module.act_fn(y), routing)
+    if getattr(module, "has_post_expert_norm", False):
+        y = module.post_expert_norm(y)
+    y = y * top_k_weights.reshape(-1)[order][:, None]
+    # Summed per row in a fixed order, as index_add_ on GPUs is not.
+    placed = y.new_zeros(top_k_index.numel(), y.shape[-1]).index_copy(0, order, y)
+    return placed.view(-1, top_k, y.shape[-1]).sum(dim=1).to(hidden_states.dtype)
+
+
+class LowRankExperts(nn.Module):
+    """Mixed into an experts class: some projections are `y = U[e] (S[e] * (Vh[e] x))` of E experts.
+
+    In place of a parameter `<name>` they hold `<name>_U (E, out, k)`, `<name>_S (E, k)` and `<name>_Vh (E, k, in)`:
+    parameters of this module and no modules, since PEFT would take a module called `down_proj` for a target.
+
+    Runs by grouped products where the model's experts implementation is `grouped_mm` and shapes and dtype allow it, and
+    expert by expert otherwise. (transformers offers `grouped_mm` to models in whose file it finds the text
+    `@use_experts_implementation`, so it is found here.)
+    """
+
+    _is_hf_initialized = True  # transformers would initialise the 3-D parameters
+    factored: tuple[str, ...] = ()
+
+    def factor(self, name: str, rank: int) -> None:
+        """Replace the 3-D parameter `name` by factors."""
+        module: Any = self
+        weight = module._parameters.pop(name)
+        experts, rows, columns = weight.shape
+        out, into = (columns, rows) if module.is_transposed else (rows, columns)
+        shapes = {"U": (experts, out, rank), "S": (experts, rank), "Vh": (experts, rank, into)}
+        for factor, shape in shapes.items():
+            empty = torch.empty(shape, device=weight.device, dtype=weight.dtype)
+            self.register_parameter(f"{name}_{factor}", nn.Parameter(empty, requires_grad=False))
+        self.factored = (*self.factored, name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        args = (*args, *kwargs.values())  # some classes name them otherwise, and all take them in this order
+        return experts_forward(self, self._project, *args)
+
+    def _project(self, name: str, x: torch.Tensor, routing: Routing) -> torch.Tensor:
+        module: Any = self
+        grouped = module.config._experts_implementation == "grouped_mm"
+        if name in self.factored:
+            U, S, Vh = (getattr(self, f"{name}_{factor}") for factor in ("U", "S", "Vh"))
+            y = _by_expert(_by_expert(x, Vh, routing, grouped) * S[routing.experts], U, routing, grouped)
+        else:
+            W = getattr(self, name)
+            y = _by_expert(x, W.transpose(-2, -1) if module.is_transposed else W, routing, grouped)
+        if module.has_bias:
+            y = y + getattr(self, f"{name}_bias")[routing.experts]
+        return y
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}: rank {getattr(self, f'{name}_S').shape[-1]}" for name in self.factored)
+
+
+def _by_expert(x: torch.Tensor, W: torch.Tensor, routing: Routing, grouped: bool) -> torch.Tensor:
+    """`W[e] x` for `x (slots, in)` sorted by expert and `W (E, out, in)`."""
+    if grouped and hasattr(F, "grouped_mm") and W.dtype == torch.bfloat16:
+        ends = torch.tensor(routing.counts, dtype=torch.int32, device=x.device).cumsum(0, dtype=torch.int32)
+        # The kernel wants rows of a multiple of 16 bytes.
+        if all(size * W.element_size() % 16 == 0 for size in W.shape[1:]):
+            product: torch.Tensor = F.grouped_mm(x.to(W.dtype), W.transpose(-2, -1), offs=ends)
+            return product
+    parts = torch.split(x, routing.counts)
+    found = [F.linear(parts[number], W[number]) for number, slots in enumerate(routing.counts) if slots]
+    return torch.cat(found) if found else x.new_zeros(0, W.shape[1])
+
+
+def require_transformers_5() -> None:
+    """For emulators with fused experts, which earlier versions hold one by one and would leave random here."""
+    if int(transformers.__version__.split(".")[0]) < 5:
+        raise ImportError(
+            "this emulator holds its experts as transformers 5 does, and this is transformers "
+            f"{transformers.__version__}; update transformers to load it"
+        )
+
+
+class RefusesExperts:
+    """Mixed into the model class of an emulator with factored experts: a LoRA on these would train nothing.
+
+    PEFT's `target_parameters` would match none of them, and be passed over with a warning at most.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "peft_config":  # PEFT leaves its configurations here, after it has put its layers in
+            experts = {path: part for path, part in self.named_modules() if isinstance(part, LowRankExperts)}  # type: ignore[attr-defined]
+            stacks = [f"{path}.{name}" for path, part in experts.items() for name in part.factored]
+            for config in value.values():
+                for target in getattr(config, "target_parameters", None) or ():
+                    if any(f".{path}".endswith(f".{target}") for path in stacks):
+                        raise ValueError(f"target_parameters names {target}: {FROZEN}")
+        super().__setattr__(name, value)
+
+
+def _factor_stack(model: Any, path: str, rank: int) -> bool:
+    """Replace a 3-D parameter of an experts module by factors; False if there is no such module."""
+    parent, _, name = path.rpartition(".")
+    module = dict(model.named_modules()).get(parent)
+    weight = None if module is None else module._parameters.get(name)
+    if module is None or weight is None or not hasattr(module, "_apply_gate"):
+        return False
+    if not isinstance(module, LowRankExperts):
+        module.__class__ = type(f"LowRank{type(module).__name__}", (LowRankExperts, type(module)), {})
+    module.factor(name, rank)
+    return True
+
+
 def factor_layers(model: Any, ranks: dict[str, int]) -> Any:
-    """Replace, in place, every module that `ranks` names, and return the model.
+    """Replace, in place, every module and every stack of experts that `ranks` names, and return the model.
 
     A class without a head names modules without its prefix. Raises ValueError if a module under the prefix, or every
     module, is absent: its factors would be dropped and its dense weight left random.
     """
     prefix = getattr(model, "base_model_prefix", "") + "."
     modules = dict(model.named_modules())
-    factored = []
+    factored: list[str] = []
+    guarded: list[str] = []
     for name, rank in ranks.items():
         alternative = name[len(prefix) :] if name.startswith(prefix) else prefix + name
         path = next((path for path in (name, alternative) if path in modules), None)
+        stack = next(
+            (path for path in (name, alternative) if path not in modules and _factor_stack(model, path, rank)), None
+        )
+        if stack is not None:
+            guarded += [stack, name]
+            continue
         if path is None and name.startswith(prefix):
             raise ValueError(
                 f"{type(model).__name__} has no {name}; this emulator was made for another model class or version"
@@ -195,10 +346,11 @@ def factor_layers(model: Any, ranks: dict[str, int]) -> Any:
         parent, _, child = path.rpartition(".")
         setattr(model.get_submodule(parent) if parent else model, child, new)
         factored += [path, name]
-    if not factored:
+    guarded += [f"{path}.weight" for path in factored]
+    if not guarded:
         raise ValueError(f"{type(model).__name__} has none of this emulator's layers, such as {next(iter(ranks))}")
-    # One `weight` of one element makes every load without this code fail on its shape. With it, it is ignored.
-    guards = [f"^{re.escape(path)}\\.weight$" for path in dict.fromkeys(factored)]
+    # One weight of one element makes every load without this code fail on its shape. With it, it is ignored.
+    guards = [f"^{re.escape(path)}$" for path in dict.fromkeys(guarded)]
     kind = set if int(transformers.__version__.split(".")[0]) >= 5 else list
     model._keys_to_ignore_on_load_unexpected = kind([*(model._keys_to_ignore_on_load_unexpected or ()), *guards])
     return model

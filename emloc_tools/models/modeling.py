@@ -7,24 +7,15 @@ the classes of transformers first, and would then load factored layers into a st
 from __future__ import annotations
 
 import inspect
+import textwrap
+from collections.abc import Collection
 from typing import Any
 
 from emloc_tools.errors import UnsupportedError
 from emloc_tools.models import lowrank_modules
+from emloc_tools.models.auto_classes import Fitting, fitting_classes
 
 FILE = "modeling_emloc"
-AUTO_CLASSES = (
-    "AutoModel",
-    "AutoModelForCausalLM",
-    "AutoModelForImageTextToText",
-    "AutoModelForSeq2SeqLM",
-    "AutoModelForMaskedLM",
-    "AutoModelForSequenceClassification",
-    "AutoModelForTokenClassification",
-    "AutoModelForQuestionAnswering",
-    "AutoModelForSpeechSeq2Seq",
-    "AutoModelForImageClassification",
-)
 
 HEADER = '''"""An EMLoC emulator written by emloc-tools: {architecture} with low-rank layers. Self-contained.
 
@@ -35,13 +26,22 @@ Load it with the Auto classes of transformers and trust_remote_code=True, train 
 
 CLASS = '''
 
-class Emloc{name}(transformers.{name}):
+class Emloc{name}(RefusesExperts, transformers.{name}):
     """{name} with the layers of config.emloc["ranks"] factored."""
 
     def __init__(self, config, *args, **kwargs):
-        super().__init__(config, *args, **kwargs)
-        factor_layers(self, config.emloc["ranks"])
+{first}        super().__init__(config, *args, **kwargs)
+        factor_layers(self, {ranks})
 '''
+ALL_RANKS = 'config.emloc["ranks"]'
+# A class may be a part of the model only, such as the decoder; nothing is then asked of the other part's layers.
+SOME_RANKS = '{{name: rank for name, rank in config.emloc["ranks"].items() if not (name + ".").startswith({lacks!r})}}'
+# Versions of transformers differ in the heads that they know.
+IF_KNOWN = """
+
+if hasattr(transformers, "{name}"):
+{indented}"""
+REQUIRE = "        require_transformers_5()\n"
 
 
 def emulator_name(architecture: str) -> str:
@@ -49,10 +49,14 @@ def emulator_name(architecture: str) -> str:
     return f"Emloc{architecture}"
 
 
-def modeling_source(config: Any, architecture: str) -> tuple[str, dict[str, str]]:
-    """The text of the modeling file, and the `auto_map` for config.json: every Auto class that can load the tensors.
+def modeling_source(
+    config: Any, architecture: str, layers: Collection[str], stored: Collection[str], *, fused: bool = False
+) -> tuple[str, dict[str, str]]:
+    """The text of the modeling file, and the `auto_map` for config.json: every Auto class that can load the emulator.
 
-    Raises `UnsupportedError` for an architecture outside transformers.
+    `layers` are the layers to factor, `stored` the names of the base's tensors. `fused` says that the model holds
+    experts as no transformers before 5 does; the file then refuses those versions. Raises `UnsupportedError` for an
+    architecture outside transformers.
     """
     import transformers
 
@@ -60,32 +64,19 @@ def modeling_source(config: Any, architecture: str) -> tuple[str, dict[str, str]
         raise UnsupportedError(
             f"{architecture} is not part of transformers; its emulator could not be loaded by trainers"
         )
-    # Some classes call the body by another name (LlamaForQuestionAnswering), and then find no tensor of the checkpoint.
-    prefix = getattr(transformers, architecture).base_model_prefix
-    fitting = {auto: cls for auto in AUTO_CLASSES if (cls := _class_for(auto, config))}
-    classes = {auto: cls for auto, cls in fitting.items() if getattr(transformers, cls).base_model_prefix == prefix}
-    own = _without_docstring(inspect.getsource(lowrank_modules))
-    names = sorted({*classes.values(), architecture})
-    text = (
-        HEADER.format(architecture=architecture)
-        + "\n"
-        + own
-        + "\n"
-        + "".join(CLASS.format(name=name) for name in names)
-    )
-    return text, {auto: f"{FILE}.{emulator_name(name)}" for auto, name in classes.items()}
+    autos = fitting_classes(config, layers, stored)
+    classes = {fitting.name: fitting for fitting in (Fitting(architecture), *autos.values())}
+    text = HEADER.format(architecture=architecture)
+    text += f"\n{_without_docstring(inspect.getsource(lowrank_modules))}\n"
+    text += "".join(_class(classes[name], fused, always=name == architecture) for name in sorted(classes))
+    return text, {auto: f"{FILE}.{emulator_name(fitting.name)}" for auto, fitting in autos.items()}
 
 
-def _class_for(auto: str, config: Any) -> str | None:
-    """The model class that an Auto class would choose for the configuration."""
-    import transformers
-
-    mapping = getattr(getattr(transformers, auto, None), "_model_mapping", {})
-    try:
-        chosen = mapping[type(config)]
-    except KeyError:
-        return None
-    return (chosen[0] if isinstance(chosen, (list, tuple)) else chosen).__name__  # type: ignore[no-any-return]
+def _class(fitting: Fitting, fused: bool, *, always: bool) -> str:
+    """The text of one class; `always` says that the file is of no use to a transformers without it."""
+    ranks = SOME_RANKS.format(lacks=fitting.lacks) if fitting.lacks else ALL_RANKS
+    text = CLASS.format(name=fitting.name, first=REQUIRE if fused else "", ranks=ranks)
+    return text if always else IF_KNOWN.format(name=fitting.name, indented=textwrap.indent(text.lstrip("\n"), "    "))
 
 
 def _without_docstring(source: str) -> str:

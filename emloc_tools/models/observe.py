@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from emloc_tools.records import Side
+from emloc_tools.models.experts import Watch, module_of, observe_experts, stop_observing
+from emloc_tools.records import Layer, Side
 
 
 @dataclass
@@ -42,6 +43,7 @@ class Reading:
 class Observer:
     """Records, per batch, what the given layers read and write, until `take` fetches it.
 
+    Of `stacks` of experts it is what each expert reads, and writes before the bias, under the names of the members.
     `current()` names the running batch; `mask(batch)` gives its `(batch, length)` mask of real tokens, or None;
     `wanted(layer)` says which sides of the layer are needed.
     """
@@ -54,6 +56,7 @@ class Observer:
         current: Callable[[], int],
         mask: Callable[[int], torch.Tensor | None],
         wanted: Callable[[str], frozenset[Side]],
+        stacks: Iterable[Layer] = (),
     ) -> None:
         self._current, self._mask, self._wanted = current, mask, wanted
         self._readings: dict[int, list[Reading]] = {}
@@ -61,6 +64,12 @@ class Observer:
         for name in layers:
             module = model.get_submodule(name)
             self._handles.append(module.register_forward_hook(self._hook(name), with_kwargs=True))
+        self._experts: dict[nn.Module, dict[str, str]] = {}  # of each module, its projections and their stacks
+        for stack in stacks:
+            projection = stack.name.rpartition(".")[2]
+            self._experts.setdefault(module_of(model, stack), {})[projection] = stack.name
+        if self._experts:
+            observe_experts(model, {module: self._watch(names) for module, names in self._experts.items()})
 
     def take(self, batch: int) -> list[Reading]:
         """What the batch's layers read since the last call."""
@@ -74,6 +83,7 @@ class Observer:
         """Remove all hooks."""
         for handle in self._handles:
             handle.remove()
+        stop_observing(self._experts)
 
     def _hook(self, name: str) -> Callable[..., None]:
         @torch.no_grad()  # in a backward run, too: rows must not hold the graph that they were computed by
@@ -86,6 +96,22 @@ class Observer:
                 reading.inputs = real_rows(x, self._mask(batch))
             if "output" in wanted:
                 reading.outputs[name] = real_rows(output, self._mask(batch))
+
+        return see
+
+    def _watch(self, stacks: dict[str, str]) -> Watch:
+        @torch.no_grad()
+        def see(member: str, x: torch.Tensor, y: torch.Tensor, tokens: torch.Tensor, of: int) -> None:
+            projection, _, number = member.partition(".")
+            if projection not in stacks:
+                return
+            name = f"{stacks[projection]}.{number}"
+            batch, wanted = self._current(), self._wanted(name)
+            mask = self._mask(batch)
+            inputs = real_slots(x, mask, tokens, of) if "input" in wanted else None
+            outputs = {name: real_slots(y, mask, tokens, of)} if "output" in wanted else {}
+            # Every expert has rows of its own, so nothing is shared.
+            self._readings.setdefault(batch, []).append(Reading(x, None, inputs, [name], outputs))
 
         return see
 
@@ -110,6 +136,13 @@ def real_rows(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         if x.dim() == 2 and x.shape[0] == mask.numel():
             return x[mask.reshape(-1)]
     return x.reshape(-1, x.shape[-1]).clone()
+
+
+def real_slots(x: torch.Tensor, mask: torch.Tensor | None, tokens: torch.Tensor, of: int) -> torch.Tensor:
+    """The rows of real tokens in `x (slots, features)`, copied, where slot i holds the row `tokens[i]` of `of` rows."""
+    if mask is not None and mask.numel() == of:
+        return x[mask.reshape(-1)[tokens]]
+    return x.clone()
 
 
 def _version(x: torch.Tensor) -> int | None:

@@ -9,6 +9,7 @@ import torch
 
 from emloc_tools.errors import InputError, MismatchError
 from emloc_tools.files.calibration import Calibration
+from emloc_tools.files.manifest import CalibratedLayer, CalibratedStack
 from emloc_tools.linalg.allocate import adaptive_ranks, uniform_ranks
 from emloc_tools.models.base import BaseModel
 from emloc_tools.models.layers import select_layers
@@ -22,19 +23,21 @@ def chosen_layers(
     if calibration is None:
         return select_layers(opened.model, targets=targets, exclude=exclude)
     available = {layer.name: layer for layer in select_layers(opened.model, targets=targets or ".")}
-    for name, record in calibration.manifest.layers.items():
+    calibrated: dict[str, CalibratedLayer] = {**calibration.manifest.layers, **calibration.stacks}
+    for name, record in calibrated.items():
         layer = available.get(name)
         if layer is None and targets is not None:
             continue
-        if layer is None or (layer.out_features, layer.in_features) != (
+        if layer is None or (layer.out_features, layer.in_features, layer.experts) != (
             record.out_features,
             record.in_features,
+            record.experts if isinstance(record, CalibratedStack) else None,
         ):
             raise MismatchError(
                 f"the calibration in {calibration.folder} was made from {calibration.manifest.base.id}; its layer "
                 f"{name} ({record.out_features} x {record.in_features}) is not in {opened.source.id}"
             )
-    chosen = set(calibration.manifest.layers)
+    chosen = set(calibrated)
     if exclude is not None:
         chosen &= {layer.name for layer in select_layers(opened.model, targets=targets or ".", exclude=exclude)}
     layers = [layer for layer in available.values() if layer.name in chosen]
@@ -51,7 +54,7 @@ def is_weighted(
         raise InputError(
             f"--damping {damping:g} must be above 0: it is a share of the mean squared gradient, such as 0.05"
         )
-    found = calibration is not None and any(layer.name in calibration.gradient_layers for layer in layers)
+    found = calibration is not None and any(calibration.has_gradients(layer) for layer in layers)
     if found and weighting != "none":
         return True
     where = "there is no calibration"

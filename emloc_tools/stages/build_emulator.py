@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -19,6 +19,7 @@ from emloc_tools.files.manifest import (
     BaseRecord,
     CalibrationReference,
     FactoredLayer,
+    FactoredStack,
     WeightingRecord,
     made_by,
 )
@@ -26,7 +27,9 @@ from emloc_tools.files.tensors import MAX_SHARD_SIZE, TensorSpec, read_json
 from emloc_tools.linalg.weighting import DAMPING
 from emloc_tools.models.base import BaseModel, choose_device, open_base, weight_name
 from emloc_tools.models.companions import copy_companions
+from emloc_tools.models.layers import select_layers
 from emloc_tools.models.modeling import FILE, emulator_name, modeling_source
+from emloc_tools.models.weights import ModelWeights
 from emloc_tools.records import Allocation, Layer, LowRank, Progress, Weighting, silent
 from emloc_tools.stages.budget import budget_ratio
 from emloc_tools.stages.build_choices import check_ranks, chosen_layers, is_weighted, spend
@@ -83,9 +86,9 @@ def build_emulator(
         statistics = None if calibration is None else stack.enter_context(_open_calibration(calibration))
         opened = open_base(base, revision=revision, trust_remote_code=trust_remote_code)
         stack.enter_context(opened.tensors)
-        modeling, auto_map = modeling_source(opened.config, opened.architecture)
         layers = chosen_layers(opened, statistics, targets, exclude)
         weights = opened.weights(layers)
+        modeling, auto_map = _modeling(opened, layers, weights, fused=_is_fused(opened, weights, layers))
         require_own_weights(layers, weights.source_of)
         specs = {name: TensorSpec(name, *weights.stored_spec(name)) for name in weights.stored_names()}
         stored_dtype = _factor_dtype(specs[weight_name(layers[0])], dtype)
@@ -110,7 +113,9 @@ def build_emulator(
             chosen = {weight_name(layer) for layer in layers}
             dense = [spec for spec in specs.values() if spec.name not in chosen]
             uniform = budget_ratio(dense, of_layers, stored_dtype, ratio=ratio, params=params, size=size)
-            comparable = frozenset(statistics.gradient_layers) if statistics and weighted else None
+            comparable = None
+            if statistics and weighted:
+                comparable = frozenset(layer.name for layer in layers if statistics.has_gradients(layer))
             ranks = spend(layers, uniform, chosen_by, decomposer.gains, comparable)
         factored = {layer.name: layer for layer in layers if layer.name in ranks}
         replaced = {weight_name(layer) for layer in factored.values()}
@@ -121,18 +126,32 @@ def build_emulator(
                     folder,
                     dense=[spec for spec in specs.values() if spec.name not in replaced],
                     factored={
-                        name: (layer.out_features, layer.in_features, ranks[name]) for name, layer in factored.items()
+                        name: (layer.out_features, layer.in_features, ranks[name])
+                        for name, layer in factored.items()
+                        if layer.experts is None
+                    },
+                    stacks={
+                        name: (layer.experts, layer.out_features, layer.in_features, ranks[name])
+                        for name, layer in factored.items()
+                        if layer.experts is not None
                     },
                     dtype=stored_dtype,
                     max_shard_size=max_shard_size,
+                    library=opened.library,
                 )
             )
         )
         for name in specs:
             if name not in replaced:
                 writer.write_dense(name, weights.load([name])[name])
-        records = {}
+        records: dict[str, FactoredLayer] = {}
+        stacks: dict[str, FactoredStack] = {}
         for layer in factored.values():
+            if layer.experts is not None:
+                factors = decomposer.decompose_stack(layer, ranks[layer.name], len(factored))
+                writer.write_factors(layer.name, factors.U, factors.S, factors.Vh)
+                stacks[layer.name] = factors.record(layer, weights.hashes[weight_name(layer)])
+                continue
             low_rank = decomposer.decompose(layer, ranks[layer.name], len(factored))
             writer.write_factors(layer.name, low_rank.U, low_rank.S, low_rank.Vh)
             records[layer.name] = _record(layer, low_rank, weights.hashes[weight_name(layer)])
@@ -144,13 +163,14 @@ def build_emulator(
             modeling_file=FILE,
             modeling=modeling,
             fields={
-                "made_by": made_by(command),
+                "made_by": made_by(command, opened.library),
                 "base": BaseRecord(id=base, revision=opened.source.revision, architecture=opened.architecture),
                 "calibration": statistics and CalibrationReference(hash=statistics.hash, data=statistics.manifest.data),
                 "allocation": chosen_by,
                 "eigen_dtype": eigen_dtype,
                 "base_parameters": sum(torch.Size(spec.shape).numel() for spec in specs.values()),
                 "layers": records,
+                "experts": stacks,
                 "ignored_tensors": weights.ignored,
             },
             weighting=WeightingRecord(damping=damping, sensitivity=decomposer.sensitivity) if weighted else None,
@@ -162,6 +182,25 @@ def build_emulator(
 def _open_calibration(folder: Path) -> contextlib.closing[Calibration]:
     require_artifact(folder, CALIBRATION, "a calibration")
     return contextlib.closing(Calibration(folder))
+
+
+def _is_fused(opened: BaseModel, weights: ModelWeights, layers: Sequence[Layer]) -> bool:
+    """Whether the emulator will hold experts as transformers does from version 5 on."""
+    stacks = [layer for layer in select_layers(opened.model, targets=".") if layer.experts is not None]
+    converted = any(weights.copied_from(weights.source_of[stack.name]) is None for stack in stacks)
+    return converted or any(layer.experts is not None for layer in layers)
+
+
+def _modeling(
+    opened: BaseModel, layers: Sequence[Layer], weights: ModelWeights, *, fused: bool
+) -> tuple[str, dict[str, str]]:
+    """The text of the modeling file and the `auto_map`, for the library of the base."""
+    if opened.library == "transformers":
+        names = [layer.name for layer in layers]
+        return modeling_source(opened.config, opened.architecture, names, weights.stored_names(), fused=fused)
+    from emloc_tools.models import diffusers_modeling  # imports diffusers, which only such bases need
+
+    return diffusers_modeling.modeling_source(opened.architecture)
 
 
 def _factor_dtype(weight: TensorSpec, dtype: str) -> torch.dtype:
@@ -179,7 +218,7 @@ def _config(opened: BaseModel, dtype: str) -> dict[str, object]:
     its defaults without a word.
     """
     config = read_json(opened.source.folder / "config.json", "base config")
-    if dtype != "auto":
+    if dtype != "auto" and opened.library == "transformers":  # diffusers takes it from whoever loads the model
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
     rope = config.get("rope_parameters")
     if isinstance(rope, dict) and "rope_theta" in rope:

@@ -16,7 +16,7 @@ from torch import nn
 from emloc_tools.errors import InputError
 from emloc_tools.files.calibration import GramSpool, write_calibration
 from emloc_tools.files.folders import check_output, new_folder
-from emloc_tools.files.manifest import BaseRecord, CalibratedLayer, DataRecord, file_hash, made_by
+from emloc_tools.files.manifest import BaseRecord, CalibratedLayer, CalibratedStack, DataRecord, file_hash, made_by
 from emloc_tools.files.tensors import MAX_SHARD_SIZE
 from emloc_tools.models.backward import BackwardLockStep
 from emloc_tools.models.base import choose_device, open_base, weight_name
@@ -131,7 +131,7 @@ def calibrate(
             ),
             max_shard_size=max_shard_size,
             fields={
-                "made_by": made_by(command),
+                "made_by": made_by(command, opened.library),
                 "base": BaseRecord(id=base, revision=opened.source.revision, architecture=opened.architecture),
                 "data": [
                     DataRecord(
@@ -148,7 +148,14 @@ def calibrate(
                     for layer in layers
                     if layer.name in reached
                 },
-                "unreached": [layer.name for layer in layers if layer.name not in reached],
+                "experts": {
+                    layer.name: _calibrated_stack(layer, weights.hashes[weight_name(layer)])
+                    for layer in layers
+                    if layer.experts is not None and any(member.name in reached for member in layer.members())
+                },
+                "unreached": [
+                    member.name for layer in layers for member in layer.members() if member.name not in reached
+                ],
                 "loss": loss,
             },
         )
@@ -157,7 +164,7 @@ def calibrate(
         output=output,
         samples=manifest.data[0].samples,
         tokens=manifest.data[0].tokens,
-        layers=len(manifest.layers),
+        layers=len(reached),
         grams=len(manifest.grams) - len(spool.gradients),
         gradients=len(spool.gradients),
         gram_bytes=sum(record.features * (record.features + 1) * 2 for record in manifest.grams),
@@ -212,6 +219,11 @@ def _forward(model: nn.Module, batch: Batch, device: torch.device, options: Mapp
             return model(**{**options, **inputs})
 
     return call
+
+
+def _calibrated_stack(layer: Layer, weight_hash: str) -> CalibratedStack:
+    assert layer.experts is not None  # a stack
+    return CalibratedStack(**_calibrated(layer, weight_hash).model_dump(), experts=layer.experts)
 
 
 def _calibrated(layer: Layer, weight_hash: str) -> CalibratedLayer:

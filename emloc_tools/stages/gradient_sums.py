@@ -17,7 +17,7 @@ from emloc_tools.models.backward import BackwardLockStep
 from emloc_tools.models.data import Batch
 from emloc_tools.models.gradients import Gradient
 from emloc_tools.models.labels import classifies_sequences
-from emloc_tools.models.observe import real_rows
+from emloc_tools.models.observe import real_rows, real_slots
 from emloc_tools.models.skeleton import predicts_next_token
 from emloc_tools.models.units import Unit
 from emloc_tools.records import GradientGram, Loss, Progress, Step
@@ -45,8 +45,13 @@ class GradientSums:
 
     def _add(self, batch: int, gradient: Gradient) -> None:
         mask = self._batches[batch].mask
-        rows = real_rows(gradient.rows, mask)
-        squares = real_rows(gradient.squares[..., None], mask)
+        if gradient.tokens is None:
+            rows, squares = real_rows(gradient.rows, mask), real_rows(gradient.squares[..., None], mask)
+        else:
+            rows, squares = (
+                real_slots(part, mask, gradient.tokens, gradient.of)
+                for part in (gradient.rows, gradient.squares[..., None])
+            )
         gram = self._grams.get(gradient.layer)
         if gram is None:
             G = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float32, device=rows.device)

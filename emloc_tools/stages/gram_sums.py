@@ -37,13 +37,14 @@ class GramSums:
     ) -> None:
         self.spool = spool
         self._stream, self._progress = stream, progress
-        self._layers = {layer.name: layer for layer in layers}
+        self._layers = {member.name: member for layer in layers for member in layer.members()}
         self._sides: dict[str, Side] = {}
         self._grams: dict[Key, Gram] = {}
         self._done: set[Unit] = set()
         self._observer = Observer(
             stream.model,
-            self._layers,
+            [layer.name for layer in layers if layer.experts is None],
+            stacks=[layer for layer in layers if layer.experts is not None],
             current=lambda: stream.current,
             mask=lambda batch: batches[batch].mask,
             wanted=self._wanted,

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from emloc_tools.errors import InputError, MismatchError, UnsupportedError
 from emloc_tools.files.calibration import MANIFEST, Calibration, GramEntry, write_calibration
 from emloc_tools.files.folders import check_output, new_folder
-from emloc_tools.files.manifest import CalibratedLayer, GradientRecord, made_by
+from emloc_tools.files.manifest import CalibratedLayer, CalibratedStack, GradientRecord, made_by
 from emloc_tools.files.packing import pack_lower
 from emloc_tools.files.tensors import MAX_SHARD_SIZE
 from emloc_tools.records import Loss, Progress, Side, Step, silent
 from emloc_tools.stages.refusals import require_apart, require_artifact
+
+Record = TypeVar("Record", bound=CalibratedLayer)
 
 
 @dataclass(frozen=True)
@@ -57,8 +60,9 @@ def merge_calibration(
     with contextlib.ExitStack() as stack:
         opened = [stack.enter_context(contextlib.closing(Calibration(path))) for path in parts]
         _refuse_same_samples(opened)
-        layers = _common_layers(opened)
-        grams, gradients = _entries(opened, layers), _gradients(opened)
+        layers, stacks = _common_layers(opened), _common_stacks(opened)
+        grams, gradients = _entries(opened), _gradients(opened)
+        reached = {name for entry in grams for name in entry.layers}
         entries = [*grams, *gradients]
         done = itertools.count(1)
 
@@ -80,7 +84,8 @@ def merge_calibration(
                 "base": opened[0].manifest.base,
                 "data": [record for part in opened for record in part.manifest.data],
                 "layers": layers,
-                "unreached": _unreached(opened, layers),
+                "experts": stacks,
+                "unreached": _unreached(opened, reached),
                 "loss": _common_loss(opened),
             },
         )
@@ -89,7 +94,7 @@ def merge_calibration(
         parts=len(parts),
         samples=sum(record.samples for record in manifest.data),
         tokens=sum(record.tokens for record in manifest.data),
-        layers=len(layers),
+        layers=len(reached),
         grams=len(grams),
         gradients=len(gradients),
     )
@@ -110,31 +115,41 @@ def _refuse_same_samples(parts: Sequence[Calibration]) -> None:
 
 
 def _common_layers(parts: Sequence[Calibration]) -> dict[str, CalibratedLayer]:
-    layers: dict[str, CalibratedLayer] = {}
-    for part in parts:
-        for name, layer in part.manifest.layers.items():
-            if layers.setdefault(name, layer) != layer:
+    return _agreeing(parts, [part.manifest.layers for part in parts])
+
+
+def _common_stacks(parts: Sequence[Calibration]) -> dict[str, CalibratedStack]:
+    return _agreeing(parts, [part.stacks for part in parts])
+
+
+def _agreeing(parts: Sequence[Calibration], found: Sequence[Mapping[str, Record]]) -> dict[str, Record]:
+    """What any part has, by name; the weights must be the same wherever several have it."""
+    merged: dict[str, Record] = {}
+    for part, records in zip(parts, found, strict=True):
+        for name, record in records.items():
+            if merged.setdefault(name, record) != record:
                 raise MismatchError(
                     f"{part.folder} was calibrated with another weight of {name} than {parts[0].folder}; "
                     "only calibrations of the same base can be merged"
                 )
-    return layers
+    return merged
 
 
-def _unreached(parts: Sequence[Calibration], layers: Mapping[str, CalibratedLayer]) -> list[str]:
+def _unreached(parts: Sequence[Calibration], reached: Collection[str]) -> list[str]:
     """Layers that no part's data reached."""
-    return [name for name in dict.fromkeys(n for part in parts for n in part.manifest.unreached) if name not in layers]
+    return [name for name in dict.fromkeys(n for part in parts for n in part.manifest.unreached) if name not in reached]
 
 
-def _entries(parts: Sequence[Calibration], layers: Mapping[str, CalibratedLayer]) -> list[GramEntry]:
+def _entries(parts: Sequence[Calibration]) -> list[GramEntry]:
     """One Gram per set of layers that share theirs in every part."""
+    reached = {part.folder: frozenset(part.reached) for part in parts}
     groups: dict[tuple[str | None, ...], list[str]] = {}
-    for name in layers:
-        shared = tuple(part.record(name).tensor if name in part.manifest.layers else None for part in parts)
+    for name in dict.fromkeys(name for part in parts for name in part.reached):
+        shared = tuple(part.record(name).tensor if name in reached[part.folder] else None for part in parts)
         groups.setdefault(shared, []).append(name)
     entries = []
     for names in groups.values():
-        records = [part.record(names[0]) for part in parts if names[0] in part.manifest.layers]
+        records = [part.record(names[0]) for part in parts if names[0] in reached[part.folder]]
         _same_side(names[0], [record.side for record in records], "statistics")
         tokens = sum(record.tokens for record in records)
         entries.append(GramEntry(tuple(names), records[0].side, records[0].features, tokens))
@@ -171,7 +186,7 @@ def _matrix(part: Calibration, entry: GramEntry) -> torch.Tensor:
     if entry.kind == "gradient":
         gradient = part.gradient(name)
         return torch.zeros(()) if gradient is None else gradient.matrix
-    return part.gram(name).matrix if name in part.manifest.layers else torch.zeros(())
+    return part.gram(name).matrix if name in part.reached else torch.zeros(())
 
 
 def _common_loss(parts: Sequence[Calibration]) -> Loss | None:

@@ -9,15 +9,15 @@ from pathlib import Path
 import torch
 
 from emloc_tools.errors import InputError
-from emloc_tools.files.emulator import FACTORS, MANIFEST, Emulator
+from emloc_tools.files.emulator import MANIFEST, Emulator, factor_names
 from emloc_tools.files.emulator_writer import EmulatorWriter, WrittenEmulator
 from emloc_tools.files.folders import check_output, new_folder
-from emloc_tools.files.manifest import FactoredLayer, made_by
+from emloc_tools.files.manifest import FactoredExpert, FactoredLayer, FactoredStack, made_by
 from emloc_tools.files.tensors import MAX_SHARD_SIZE, TensorSpec, read_json
 from emloc_tools.linalg.allocate import adaptive_ranks, largest_useful_rank, uniform_ranks
 from emloc_tools.linalg.lowrank import truncate as truncate_factors
 from emloc_tools.models.companions import copy_companions
-from emloc_tools.models.modeling import FILE
+from emloc_tools.models.modeling import FILE, emulator_name
 from emloc_tools.models.source import Source
 from emloc_tools.records import Layer, Progress, Step, silent
 from emloc_tools.stages.budget import budget_ratio
@@ -52,16 +52,14 @@ def truncate(
     require_apart(output, [emulator])
     with contextlib.ExitStack() as stack:
         larger = stack.enter_context(contextlib.closing(Emulator(emulator)))
-        layers = [_layer(name, record) for name, record in larger.layers.items()]
-        replaced = {f"{layer.name}.{part}" for layer in layers for part in (*FACTORS, "weight")}
+        layers = [_layer(name, record) for name, record in _records(larger).items()]
+        replaced = {f"{name}.weight" for name in larger.layers} | set(larger.stacks)
+        replaced |= {tensor for layer in layers for tensor in factor_names(layer.name, stack=layer.experts is not None)}
         dense = [larger.tensors.spec(name) for name in larger.tensors.names() if name not in replaced]
-        dtype = larger.tensors.spec(f"{layers[0].name}.U").dtype
-        weights = {
-            layer.name: (layer, TensorSpec(f"{layer.name}.weight", dtype, (layer.out_features, layer.in_features)))
-            for layer in layers
-        }
+        dtype = larger.tensors.spec(factor_names(layers[0].name, stack=layers[0].experts is not None)[0]).dtype
+        weights = {layer.name: (layer, TensorSpec(f"{layer.name}.weight", dtype, _shape(layer))) for layer in layers}
         ranks = _ranks(larger, layers, budget_ratio(dense, weights, dtype, ratio=ratio, params=params, size=size))
-        if all(ranks[layer.name] == larger.layers[layer.name].rank for layer in layers):
+        if all(ranks[name] == record.rank for name, record in _records(larger).items()):
             raise InputError(
                 f"the emulator in {emulator} is not larger than that: no layer would lose a direction; choose less, or "
                 "build a larger emulator from the base"
@@ -73,43 +71,69 @@ def truncate(
                     folder,
                     dense=dense,
                     factored={
-                        layer.name: (layer.out_features, layer.in_features, ranks[layer.name]) for layer in layers
+                        name: (record.out_features, record.in_features, ranks[name])
+                        for name, record in larger.layers.items()
+                    },
+                    stacks={
+                        name: (len(record.experts), record.out_features, record.in_features, ranks[name])
+                        for name, record in larger.stacks.items()
                     },
                     dtype=dtype,
                     max_shard_size=max_shard_size,
+                    library=larger.library,
                 )
             )
         )
         for spec in dense:
             writer.write_dense(spec.name, larger.read(spec.name))
-        records = {}
-        for number, layer in enumerate(layers, 1):
-            U, S, Vh = larger.factors(layer.name)
-            writer.write_factors(layer.name, *truncate_factors(U, S, Vh, ranks[layer.name]))
-            records[layer.name] = _record(larger.layers[layer.name], S, ranks[layer.name])
-            error = records[layer.name].relative_error
-            detail = f"{layer.name}: rank {ranks[layer.name]}, relative error {error:.3f}"
+        records: dict[str, FactoredLayer] = {}
+        stacks: dict[str, FactoredStack] = {}
+        for number, (name, record) in enumerate(_records(larger).items(), 1):
+            U, S, Vh = larger.factors(name)
+            rank = ranks[name]
+            writer.write_factors(name, *truncate_factors(U, S, Vh, rank))
+            if isinstance(record, FactoredStack):
+                experts = [
+                    expert.model_copy(update=_changes(expert, S[i], rank)) for i, expert in enumerate(record.experts)
+                ]
+                stacks[name] = record.model_copy(update={"rank": rank, "experts": experts})
+                detail = f"{name}: {len(experts)} experts, rank {rank}"
+            else:
+                records[name] = record.model_copy(update={"rank": rank, **_changes(record, S, rank)})
+                detail = f"{name}: rank {rank}, relative error {records[name].relative_error:.3f}"
             progress(Step("truncate", number, len(layers), detail))
         copy_companions(Source(str(emulator), None, emulator), folder)
         config = read_json(emulator / "config.json", "E7")
         manifest = writer.finish(
-            base_config=config,
-            class_name=config["architectures"][0],
+            base_config={key: value for key, value in config.items() if key != "quantization_config"},
+            class_name=emulator_name(larger.manifest.base.architecture),
             auto_map=config["auto_map"],
             modeling_file=FILE,
             modeling=(emulator / f"{FILE}.py").read_text(encoding="utf-8"),
             fields={
                 **{key: getattr(larger.manifest, key) for key in INHERITED},
-                "made_by": made_by(command),
+                "made_by": made_by(command, larger.library),
                 "layers": records,
+                "experts": stacks,
             },
             weighting=larger.weighting,
         )
     return WrittenEmulator(output, manifest, writer.tensors.total_size)
 
 
-def _layer(name: str, record: FactoredLayer) -> Layer:
-    return Layer(name, record.out_features, record.in_features, record.orientation, has_bias=False)
+def _records(larger: Emulator) -> dict[str, FactoredLayer | FactoredStack]:
+    return {**larger.layers, **larger.stacks}
+
+
+def _layer(name: str, record: FactoredLayer | FactoredStack) -> Layer:
+    experts = len(record.experts) if isinstance(record, FactoredStack) else None
+    shape = (record.out_features, record.in_features, record.orientation)
+    return Layer(name, *shape, has_bias=False, experts=experts)
+
+
+def _shape(layer: Layer) -> tuple[int, ...]:
+    shape = (layer.out_features, layer.in_features)
+    return shape if layer.experts is None else (layer.experts, *shape)
 
 
 def _ranks(larger: Emulator, layers: list[Layer], ratio: float) -> Mapping[str, int]:
@@ -117,38 +141,48 @@ def _ranks(larger: Emulator, layers: list[Layer], ratio: float) -> Mapping[str, 
     wanted = uniform_ranks(layers, ratio)
     if larger.manifest.allocation == "adaptive":
         weighting = larger.weighting
-        sharing = [layer for layer in layers if weighting is None or layer.name in weighting.sensitivity]
+        sharing = [
+            layer
+            for layer in layers
+            if weighting is None or any(member.name in weighting.sensitivity for member in layer.members())
+        ]
         wanted |= adaptive_ranks(sharing, {layer.name: _gains(larger, layer.name) for layer in sharing}, ratio)
     useful = {layer.name: max(1, largest_useful_rank(layer)) for layer in layers}
-    return {name: min(record.rank, wanted.get(name, useful[name])) for name, record in larger.layers.items()}
+    return {name: min(record.rank, wanted.get(name, useful[name])) for name, record in _records(larger).items()}
 
 
 def _gains(larger: Emulator, name: str) -> torch.Tensor:
-    """What the directions of a layer are worth, as when the emulator was built."""
+    """What the directions of a layer or stack are worth, as when the emulator was built."""
     _, S, _ = larger.factors(name)
-    energies = _energies(larger.layers[name], S)
-    if larger.weighting is not None:
-        return energies * larger.weighting.sensitivity[name]
-    return energies / max(larger.layers[name].total_energy, torch.finfo(torch.float64).tiny)
+    record = _records(larger)[name]
+    if isinstance(record, FactoredLayer):
+        worth, total = _energies(record, S), record.total_energy
+        if larger.weighting is not None:
+            return worth * larger.weighting.sensitivity[name]
+        return worth / max(total, torch.finfo(torch.float64).tiny)
+    worth, total = torch.zeros(record.rank, dtype=torch.float64), 0.0
+    for number, expert in enumerate(record.experts):
+        if larger.weighting is not None:
+            worth += _energies(expert, S[number]) * larger.weighting.sensitivity.get(f"{name}.{number}", 0.0)
+            continue
+        # The more tokens an expert saw, the more its energy per token counts; without calibration all count alike.
+        tokens = expert.tokens if larger.manifest.calibration is not None else 1
+        worth += tokens * _energies(expert, S[number])
+        total += tokens * expert.total_energy
+    return worth if larger.weighting is not None else worth / max(total, torch.finfo(torch.float64).tiny)
 
 
-def _energies(record: FactoredLayer, S: torch.Tensor) -> torch.Tensor:
-    """The energies per token of a layer's directions, `(k,)` in float64: S², but 0 where S holds no energy."""
+def _energies(record: FactoredLayer | FactoredExpert, S: torch.Tensor) -> torch.Tensor:
+    """The energies per token of a matrix's directions, `(k,)` in float64: S², but 0 where S holds no energy."""
     energies = S.double() ** 2
     energies[record.energetic :] = 0
     return energies
 
 
-def _record(larger: FactoredLayer, S: torch.Tensor, rank: int) -> FactoredLayer:
-    """The record of a truncated layer: the discarded part of S² adds to the error that was there."""
+def _changes(larger: FactoredLayer | FactoredExpert, S: torch.Tensor, rank: int) -> dict[str, float]:
+    """What a lower rank changes in the record of a matrix: the discarded part of S² adds to its error."""
     dropped = float(_energies(larger, S)[rank:].sum())
     tail = larger.relative_error**2 * larger.total_energy + dropped
     error = min(1.0, tail / larger.total_energy) ** 0.5 if larger.total_energy > 0 else 0.0
-    floored = max(0, larger.floored - (larger.rank - rank))
-    changes = {
-        "rank": rank,
-        "relative_error": error,
-        "energetic": min(rank, larger.energetic),
-        "floored": floored,
-    }
-    return larger.model_copy(update=changes)
+    floored = max(0, larger.floored - (S.numel() - rank))
+    return {"relative_error": error, "energetic": min(rank, larger.energetic), "floored": floored}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,7 +24,7 @@ def is_linear(module: nn.Module) -> bool:
 
 
 @functools.cache
-def _is_plain(kind: type[nn.Linear]) -> bool:
+def _is_plain(kind: Any) -> bool:
     """Whether a subclass computes what Linear does, tried on a small one."""
     if kind.forward is nn.Linear.forward:
         # Only called: torch's attention, for one, reads the weight of such a layer without calling it.

@@ -12,6 +12,7 @@ import torch
 
 from formats.damage import Damage, both, in_bytes, in_header, in_json, in_tensor, remove
 
+EXPERTS = "model.layers.0.mlp.experts.gate_up_proj"
 UP = "model.layers.0.mlp.up_proj"
 Q = "model.layers.0.self_attn.q_proj"
 DOWN_GRAM = "model.layers.0.mlp.down_proj.output_gram"
@@ -47,12 +48,18 @@ def _calibration() -> list[Bad]:
     def gradient_case(rule: str, what: str, field: str, change: Callable[[Any], object]) -> Bad:
         return json_case(rule, what, field, change, "ok-gradients")
 
+    def experts_case(
+        rule: str, what: str, field: str, change: Callable[[Any], object], good: str = "ok-experts"
+    ) -> Bad:
+        return json_case(rule, what, field, change, good)
+
     return [
         Bad("C1", "duplicate-key", source, manifest, "", in_bytes(manifest, twice)),
         Bad("C1", "byte-order-mark", source, manifest, "", in_bytes(manifest, lambda data: b"\xef\xbb\xbf" + data)),
         # Made when version 2 was to come. It still breaks the rule: version 2 has a field of its own.
         json_case("C2", "later-version", "format_version", lambda m: m.update(format_version=2)),
         json_case("C2", "version-3", "format_version", lambda m: m.update(format_version=3)),
+        json_case("C2", "version-4", "format_version", lambda m: m.update(format_version=4)),
         json_case("C2", "other-format", "format", lambda m: m.update(format="emloc-emulator")),
         json_case("C3", "unknown-field", "comment", lambda m: m.update(comment="hello")),
         json_case("C3", "path-outside", "shards.0", lambda m: m.update(shards=["../" + shard])),
@@ -91,6 +98,13 @@ def _calibration() -> list[Bad]:
         ),
         json_case("C10", "unreached-layer-has-data", f"unreached.{layer}", lambda m: m["unreached"].append(layer)),
         json_case("C11", "no-gradient", "grams", lambda m: m.update(format_version=2, loss="next-token")),
+        experts_case("C3", "experts-in-version-1", "experts", lambda m: (m.pop("loss"), m.update(format_version=1))),
+        experts_case("C6", "expert-beyond-the-last", f"{EXPERTS}.0.input_gram", _rename_expert),
+        experts_case("C11", "gradients-of-no-loss", "grams", lambda m: m.update(loss=None), "ok-experts-gradients"),
+        experts_case("C12", "expert-without-gram", f"experts.{EXPERTS}.2", lambda m: m["unreached"].clear()),
+        experts_case(
+            "C12", "unreached-with-gram", f"experts.{EXPERTS}.0", lambda m: m["unreached"].append(f"{EXPERTS}.0")
+        ),
     ]
 
 
@@ -103,6 +117,9 @@ def _emulator() -> list[Bad]:
 
     def in_config(rule: str, what: str, field: str, change: Callable[[Any], object]) -> Bad:
         return Bad(rule, what, source, config, field, in_json(config, change))
+
+    def experts_case(rule: str, what: str, field: str, change: Callable[[Any], object]) -> Bad:
+        return Bad(rule, what, "ok-experts", manifest, field, in_json(manifest, change))
 
     def weighted_case(what: str, field: str, change: Callable[[Any], object]) -> Bad:
         return Bad("E3", what, "ok-weighted", manifest, field, in_json(manifest, change))
@@ -143,7 +160,7 @@ def _emulator() -> list[Bad]:
         values_case("unsorted", "S", f"{UP}.S", lambda t: t.copy_(t.flip(0).clone())),
         in_config("E7", "other-rank", "emloc", lambda c: c["emloc"]["ranks"].update({UP: 1})),
         Bad("E7", "other-version", "ok-weighted", config, "emloc", in_json(config, _config_of_version_1)),
-        Bad("E8", "guard-missing", source, manifest, "layers", _without_guard(manifest, weights)),
+        Bad("E8", "guard-missing", source, manifest, "layers", _without(manifest, weights, f"{UP}.weight")),
         in_manifest("E9", "unlisted-tensor", "tensors.lm_head.weight", lambda m: m["tensors"].pop("lm_head.weight")),
         Bad(
             "E10", "changed-value", source, manifest, "lm_head.weight", in_tensor(weights, "lm_head.weight", torch.neg_)
@@ -153,6 +170,28 @@ def _emulator() -> list[Bad]:
         in_config("E12", "code-for-the-tokenizer", "auto_map.AutoTokenizer", _tokenizer_code),
         Bad("E12", "code-missing", source, config, "auto_map.AutoModelForCausalLM", remove("modeling_emloc.py")),
         in_config("E13", "quantised", "quantization_config", lambda c: c.update(quantization_config={})),
+        experts_case("E3", "no-experts", "experts", lambda m: m.update(experts={})),
+        experts_case(
+            "E5", "another-number-of-experts", f"{EXPERTS}_U", lambda m: m["experts"][EXPERTS]["experts"].pop()
+        ),
+        experts_case("E15", "sensitivity-of-no-expert", f"weighting.sensitivity.{EXPERTS}.3", _fourth_expert),
+        Bad(
+            "E6",
+            "unsorted-expert",
+            "ok-experts",
+            manifest,
+            f"{EXPERTS}.S",
+            in_tensor(weights, f"{EXPERTS}_S", lambda t: t[2].copy_(t[2].flip(0).clone()), manifest=manifest),
+        ),
+        Bad(
+            "E8",
+            "guard-of-experts-missing",
+            "ok-experts-alone",
+            manifest,
+            "layers",
+            _without(manifest, weights, EXPERTS),
+        ),
+        Bad("E19", "stack-and-layer", "ok-experts", manifest, f"experts.{EXPERTS}", in_json(manifest, _layer_too)),
         in_manifest("E14", "wrong-sum", "parameters", lambda m: m.update(parameters=m["parameters"] + 1)),
         *_emulator_of_diffusers(),
     ]
@@ -328,9 +367,22 @@ def _forget_head(manifest: dict[str, Any]) -> None:
     manifest["unchanged"].remove("base_model.model.score.weight")
 
 
-def _without_guard(manifest: str, weights: str) -> Damage:
+def _rename_expert(manifest: dict[str, Any]) -> None:
+    manifest["grams"][0].update(layers=[f"{EXPERTS}.3"])
+
+
+def _fourth_expert(manifest: dict[str, Any]) -> None:
+    manifest["weighting"]["sensitivity"][f"{EXPERTS}.3"] = 1.0
+
+
+def _layer_too(manifest: dict[str, Any]) -> None:
+    layer = {**next(iter(manifest["layers"].values())), "out_features": 8, "rank": 2}
+    manifest["layers"][EXPERTS] = layer
+
+
+def _without(manifest: str, weights: str, guard: str) -> Damage:
     """The guard under another name: all else stays right."""
-    guard, other = f"{UP}.weight", "guard"
+    other = "guard"
     renamed = in_json(manifest, lambda m: m["tensors"].update({other: m["tensors"].pop(guard)}))
     return both(in_header(weights, _rename(guard, other)), renamed)
 

@@ -10,6 +10,7 @@ import torch
 
 from formats.bad_golden import BAD
 from formats.golden_content import Grams, Layers, RankedLayers, adapter, calibration, diffusers_lora, emulator
+from formats.golden_experts import calibration_of_experts, emulator_of_experts
 
 FORMATS = Path(__file__).parent
 
@@ -31,6 +32,8 @@ def make(root: Path) -> None:
     calibration(folder / "ok-gradients", both, mixed, gradients=some, loss="next-token")
     every = tuple(gpt2)
     calibration(folder / "ok-gradients-shards", gpt2, grams, max_shard_size=90, parts=2, gradients=every, loss="model")
+    calibration_of_experts(folder / "ok-experts", gradients=False)
+    calibration_of_experts(folder / "ok-experts-gradients", gradients=True)
 
     folder = root / "emulator" / "golden"
     two: RankedLayers = {
@@ -59,6 +62,8 @@ def make(root: Path) -> None:
         library="diffusers",
         max_shard_size=64,
     )
+    emulator_of_experts(folder / "ok-experts", linear=True, weighted=True)
+    emulator_of_experts(folder / "ok-experts-alone", linear=False)
 
     folder = root / "adapter" / "golden"
     modules = {"model.layers.0.self_attn.q_proj": 2, "model.layers.0.mlp.up_proj": 2}

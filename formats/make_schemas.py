@@ -14,6 +14,7 @@ from emloc_tools.files.manifest import (
     AdapterV3,
     CalibrationV1,
     CalibrationV2,
+    CalibrationV3,
     EmulatorV1,
     EmulatorV2,
     EmulatorV3,
@@ -23,7 +24,7 @@ from emloc_tools.files.manifest import (
 
 # The models of the versions 1, 2, … of each format.
 MODELS: dict[str, tuple[type[Strict], ...]] = {
-    "calibration": (CalibrationV1, CalibrationV2),
+    "calibration": (CalibrationV1, CalibrationV2, CalibrationV3),
     "emulator": (EmulatorV1, EmulatorV2, EmulatorV3, EmulatorV4),
     "adapter": (AdapterV1, AdapterV2, AdapterV3),
 }

@@ -74,7 +74,7 @@ def read_calibration(folder: Path) -> dict[tuple[str, str], tuple[int, np.ndarra
 
     The sides are `input` or `output`, of which every layer has one, `input_gradient` and `output_gradient`.
     """
-    manifest = read_manifest(folder / "calibration.json", "calibration", 2)
+    manifest = read_manifest(folder / "calibration.json", "calibration", 3)
     tensors = read_shards(folder, manifest["shards"])
     return {
         (layer, gram["side"]): (gram["tokens"], unpack(tensors[gram["tensor"]], gram["features"]), gram.get("energy"))
@@ -84,17 +84,18 @@ def read_calibration(folder: Path) -> dict[tuple[str, str], tuple[int, np.ndarra
 
 
 def read_emulator(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """`W_E (out, in)` in float64 of every factored layer, and every other tensor (the guard left out)."""
+    """`W_E` in float64 of every factored layer (out, in) and stack (experts, out, in); and all other tensors."""
     manifest = read_manifest(folder / "emulator.json", "emulator", 4)
     single = f"{'diffusion_pytorch_model' if 'library' in manifest else 'model'}.safetensors"
     index = folder / f"{single}.index.json"
     shards = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else [single]
     others = read_shards(folder, shards)
     weights = {}
-    for layer in manifest["layers"]:
-        U, S, Vh = (others.pop(f"{layer}.{factor}").astype(np.float64) for factor in ("U", "S", "Vh"))
-        weights[layer] = (U * S) @ Vh  # also for conv1d, whose own weight would be the transpose
-        others.pop(f"{layer}.weight", None)
+    names = [(layer, ".", f"{layer}.weight") for layer in manifest["layers"]]
+    for name, separator, guard in names + [(stack, "_", stack) for stack in manifest.get("experts", {})]:
+        U, S, Vh = (others.pop(f"{name}{separator}{factor}").astype(np.float64) for factor in ("U", "S", "Vh"))
+        weights[name] = (U * S[..., None, :]) @ Vh  # also for conv1d, whose own weight would be the transpose
+        others.pop(guard, None)
     return weights, others
 
 

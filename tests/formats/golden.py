@@ -28,7 +28,7 @@ def read_all(kind: str, folder: Path) -> dict[str, torch.Tensor]:
     """Open a folder and read every value that it holds, with all checks."""
     if kind == "calibration":
         calibration = Calibration(folder)
-        values = {layer: calibration.gram(layer).matrix for layer in calibration.manifest.layers}
+        values = {layer: calibration.gram(layer).matrix for layer in calibration.reached}
         for layer in calibration.gradient_layers:
             gradient = calibration.gradient(layer)
             assert gradient is not None
@@ -37,7 +37,7 @@ def read_all(kind: str, folder: Path) -> dict[str, torch.Tensor]:
     elif kind == "emulator":
         emulator = Emulator(folder)
         values = {name: emulator.read(name) for name in emulator.tensors.names()}
-        for layer in emulator.layers:
+        for layer in (*emulator.layers, *emulator.stacks):
             for factor, tensor in zip(("U", "S", "Vh"), emulator.factors(layer), strict=True):
                 values[f"{layer}.{factor}"] = tensor
         emulator.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import re
 import warnings
 from collections.abc import Iterator
@@ -137,7 +138,13 @@ def compute_dtype(config: Any, requested: str = "auto") -> torch.dtype:
 
 
 def predicts_next_token(architecture: str) -> bool:
-    """Whether a model class of transformers is a causal language model."""
+    """Whether a model class of transformers is a causal language model, of text alone or of images and text."""
+    import transformers
     from transformers.models.auto import modeling_auto
 
-    return architecture in set(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    if architecture in set(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):
+        return True
+    if architecture not in set(modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()):
+        return False
+    forward = getattr(transformers, architecture).forward
+    return "decoder_input_ids" not in inspect.signature(forward).parameters  # those predict another text

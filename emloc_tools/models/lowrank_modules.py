@@ -214,8 +214,7 @@ class LowRankExperts(nn.Module):
     parameters of this module and no modules, since PEFT would take a module called `down_proj` for a target.
 
     Runs by grouped products where the model's experts implementation is `grouped_mm` and shapes and dtype allow it, and
-    expert by expert otherwise. (transformers offers `grouped_mm` to models in whose file it finds the text
-    `@use_experts_implementation`, so it is found here.)
+    expert by expert otherwise.
     """
 
     _is_hf_initialized = True  # transformers would initialise the 3-D parameters

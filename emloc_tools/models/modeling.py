@@ -42,6 +42,11 @@ IF_KNOWN = """
 if hasattr(transformers, "{name}"):
 {indented}"""
 REQUIRE = "        require_transformers_5()\n"
+# Without experts the same text would make transformers ask for what the model does not have.
+EXPERTS = """
+
+# transformers offers the experts' implementations to models in whose file it finds the text @use_experts_implementation
+"""
 
 
 def emulator_name(architecture: str) -> str:
@@ -67,7 +72,7 @@ def modeling_source(
     autos = fitting_classes(config, layers, stored)
     classes = {fitting.name: fitting for fitting in (Fitting(architecture), *autos.values())}
     text = HEADER.format(architecture=architecture)
-    text += f"\n{_without_docstring(inspect.getsource(lowrank_modules))}\n"
+    text += f"\n{_without_docstring(inspect.getsource(lowrank_modules))}\n{EXPERTS if fused else ''}"
     text += "".join(_class(classes[name], fused, always=name == architecture) for name in sorted(classes))
     return text, {auto: f"{FILE}.{emulator_name(fitting.name)}" for auto, fitting in autos.items()}
 

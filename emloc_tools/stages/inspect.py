@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from emloc_tools.errors import InputError
-from emloc_tools.files.adapter import CONFIG, Adapter
+from emloc_tools.files.adapter import CONFIG
 from emloc_tools.files.calibration import MANIFEST as CALIBRATION
 from emloc_tools.files.calibration import Calibration
+from emloc_tools.files.diffusers_lora import WEIGHTS as DIFFUSERS_LORA
+from emloc_tools.files.diffusers_lora import open_adapter
 from emloc_tools.files.emulator import MANIFEST as EMULATOR
 from emloc_tools.files.emulator import Emulator
 from emloc_tools.files.json_files import read_json
@@ -43,6 +45,7 @@ def inspect(path: Path) -> Inspection:
         CALIBRATION: _calibration,
         EMULATOR: _emulator,
         CONFIG: _adapter,
+        DIFFUSERS_LORA: _adapter,
         MERGED: _merged,
     }
     for marker, reader in readers.items():
@@ -51,7 +54,7 @@ def inspect(path: Path) -> Inspection:
     found = "is a file" if path.is_file() else f"holds none of {', '.join(readers)}"
     if not path.exists():
         found = "does not exist"
-    raise InputError(f"{path} {found}; inspect takes a folder that emloc-tools wrote, or a PEFT adapter")
+    raise InputError(f"{path} {found}; inspect takes a folder that emloc-tools wrote, or an adapter")
 
 
 def _calibration(path: Path) -> Inspection:
@@ -122,7 +125,7 @@ def _weighting(emulator: Emulator) -> dict[str, Any]:
 
 
 def _adapter(path: Path) -> Inspection:
-    adapter = Adapter(path)
+    adapter = open_adapter(path)
     adapter.close()
     manifest = adapter.manifest
     facts: dict[str, Any] = {

@@ -1,0 +1,58 @@
+"""The whole method on every family of models: each test runs for all rows of the table in docs/architectures.md.
+
+All models are tiny and random, and saved and read as real checkpoints. Every bound is a rounding error of the family's
+dtype; the same measure of something that is wrong on purpose is far beyond it.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.architectures.measures import Measures
+
+ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+FAR = 0.05  # where controls begin; ELECTRA's small weights change its outputs least
+
+
+def test_grams_are_those_of_the_model_in_memory(measures: Measures) -> None:
+    assert measures.grams < ROUNDING[measures.journey.family.dtype]
+    assert measures.grams_control > FAR
+
+
+def test_gradients_are_those_of_autograd_in_memory(measures: Measures) -> None:
+    if not measures.journey.has_loss:
+        assert measures.gradient_layers == 0
+        return
+    assert measures.gradient_layers > 0
+    assert measures.gradients < ROUNDING[measures.journey.family.dtype]
+    assert measures.gradients_control > FAR
+
+
+def test_an_emulator_at_full_rank_computes_what_the_base_does(measures: Measures) -> None:
+    assert measures.outputs < ROUNDING[torch.float32]
+    assert measures.outputs_control > 100 * ROUNDING[torch.float32]
+
+
+def test_emulators_load_through_every_auto_class_that_loads_the_base(measures: Measures) -> None:
+    """And make no tensor anew that would have come from the base: only the same heads."""
+    assert measures.lacking_in_emulator == measures.lacking
+    assert measures.journey.family.model in {name.removeprefix("Emloc") for name in measures.journey.auto_map.values()}
+
+
+def test_adapters_have_the_same_keys_on_emulator_and_base(measures: Measures) -> None:
+    for targets in ("all-linear", measures.journey.targets):
+        on_base, on_emulator = measures.adapter_keys(targets)
+        assert on_base == on_emulator
+        assert on_base
+
+
+def test_a_corrected_adapter_makes_of_the_base_what_the_trained_one_made_of_the_emulator(measures: Measures) -> None:
+    """On the row space of A, where a LoRA acts."""
+    assert measures.correction < ROUNDING[torch.float32]
+    assert measures.correction_control == pytest.approx(1, rel=1e-3)
+
+
+def test_merging_gives_what_peft_merges(measures: Measures) -> None:
+    assert measures.merged < ROUNDING[measures.journey.family.dtype]
+    assert measures.merged_control > FAR

@@ -25,6 +25,7 @@ ROOMS: dict[str, set[str]] = {
         "greenlet",
         "transformers",
         "diffusers",
+        "PIL",
         "huggingface_hub",
         "files",
         "errors",

@@ -13,7 +13,7 @@ from torch import nn
 
 from emloc_tools.errors import InputError, UnsupportedError
 from emloc_tools.models.base import open_base
-from emloc_tools.models.data import load_tokenizer
+from emloc_tools.models.processors import load_tokenizer
 from emloc_tools.models.skeleton import build_skeleton, compute_dtype, load_config, model_class, parameters_on_meta
 from emloc_tools.models.source import open_source
 from tests import pico

@@ -38,9 +38,8 @@ EXAMPLE = """Example:
 @click.option(
     "--weight-decay",
     type=float,
-    default=1e-3,
-    show_default=True,
-    help="Half of it, times the squared values of the head, is added to the mean loss.",
+    help="Half of it, times the squared values of the head, is added to the mean loss.  [default: the best of 0.001 to "
+    "1 in cross-validation]",
 )
 @click.option(
     "--fit-dtype",
@@ -62,7 +61,7 @@ def fit_head(
     batch_size: int,
     seed: int,
     held_out: float,
-    weight_decay: float,
+    weight_decay: float | None,
     fit_dtype: str,
     device: str,
     dtype: str,
@@ -117,6 +116,7 @@ def _draw(out: Console, fitted: FittedHead, data: Path) -> None:
         ("base", f"{fitted.base.id} ({fitted.base.architecture}), now {fitted.architecture}"),
         ("labels", f"{len(fitted.labels)}: {', '.join(fitted.labels)}"),
         ("head", f"{', '.join(fitted.head)} ({fitted.parameters:,} parameters)"),
+        ("weight decay", f"{fitted.weight_decay:g}{', chosen by cross-validation' if fitted.tried else ''}"),
         ("fitted on", _quality(fitted.fitted)),
     ]
     if fitted.before is not None and fitted.after is not None:

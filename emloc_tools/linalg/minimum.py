@@ -17,7 +17,7 @@ TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}  # of the gradient, relat
 class Minimum:
     """Where a minimisation ended: the value, the largest entry of the gradient, and how often both were computed.
 
-    `converged` says whether the gradient fell below `TOLERANCE` times that at the start.
+    `converged` says whether the gradient became as small as was asked for.
     """
 
     value: float
@@ -26,11 +26,14 @@ class Minimum:
     converged: bool
 
 
-def minimise(objective: Callable[[], torch.Tensor], parameters: Sequence[torch.Tensor]) -> Minimum:
+def minimise(
+    objective: Callable[[], torch.Tensor], parameters: Sequence[torch.Tensor], *, tolerance: float | None = None
+) -> Minimum:
     """Change `parameters`, in place, to where the scalar `objective()` is least; a convex one has no better place.
 
-    All have one dtype, float32 or float64, in which everything is computed. Deterministic. Raises `NumericalError` if
-    the value is not finite.
+    It ends where the largest entry of the gradient is below `tolerance` (that of `TOLERANCE`) times that at the start,
+    or after `ROUNDS` times `STEPS` steps. All have one dtype, float32 or float64, in which everything is computed.
+    Deterministic. Raises `NumericalError` if the value is not finite.
     """
     evaluations = 0
 
@@ -47,7 +50,7 @@ def minimise(objective: Callable[[], torch.Tensor], parameters: Sequence[torch.T
         return value.detach()
 
     value = evaluate()
-    wanted = TOLERANCE[parameters[0].dtype] * _largest_gradient(parameters)
+    wanted = (tolerance or TOLERANCE[parameters[0].dtype]) * _largest_gradient(parameters)
     for _ in range(ROUNDS):
         if _largest_gradient(parameters) <= wanted:
             break

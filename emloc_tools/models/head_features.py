@@ -65,6 +65,11 @@ class Head:
         """The head's tensors by name."""
         return {name: self.model.get_parameter(name) for name in self._names}
 
+    def set(self, values: Mapping[str, torch.Tensor]) -> None:
+        """Give the head's tensors other values."""
+        for name, parameter in self.parameters.items():
+            parameter.data = values[name].detach().to(parameter.dtype).clone()
+
     def to(self, dtype: torch.dtype) -> None:
         """Put the head's tensors into a dtype."""
         for parameter in self.parameters.values():

@@ -11,7 +11,8 @@ from torch import nn
 
 from emloc_tools.errors import InputError, MismatchError, UnsupportedError
 from emloc_tools.files.tensors import TensorFolder
-from emloc_tools.models.data import load_tokenizer
+from emloc_tools.models.labels import is_of_head
+from emloc_tools.models.processors import load_tokenizer
 from emloc_tools.models.skeleton import build_skeleton, compute_dtype, load_config, model_class
 from emloc_tools.models.source import Source, open_source, open_tensors
 from emloc_tools.models.weights import ModelWeights
@@ -58,8 +59,7 @@ def open_headed(
     pads = _describe_labels(config, cls.__name__, labels, load_tokenizer(source, trust_remote_code=trust_remote_code))
     model = build_skeleton(cls, config, dtype=compute_dtype(config, dtype))
     tensors = open_tensors(source)
-    prefix = f"{model.base_model_prefix}."
-    weights = ModelWeights(model, tensors, may_lack=lambda name: _is_outside(name, prefix))
+    weights = ModelWeights(model, tensors, may_lack=lambda name: is_of_head(name, str(model.base_model_prefix)))
     if not weights.missing:
         tensors.close()
         raise InputError(
@@ -96,11 +96,6 @@ def _describe_labels(config: Any, architecture: str, labels: Mapping[str, int], 
             )
         text.pad_token_id = own
     return bool(tokenizer.pad_token_id == text.pad_token_id)
-
-
-def _is_outside(name: str, prefix: str) -> bool:
-    """Whether a tensor may belong to a head: it lies outside of the body, or in the body's pooler."""
-    return not name.startswith(prefix) or name.startswith(f"{prefix}pooler.")
 
 
 def _initialise(model: nn.Module, missing: Sequence[str], seed: int, device: str) -> None:

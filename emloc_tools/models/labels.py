@@ -49,12 +49,17 @@ def label_id(label: object, known: Mapping[str, int]) -> int:
 def trained_head(model: Any, tensors: Iterable[str]) -> list[str]:
     """The modules of a sequence classifier's head that the tensors of a PEFT adapter change or replace, sorted.
 
-    A head is what lies outside of the model's body. None of another model counts as one.
+    A head is what lies outside of the model's body, and the body's pooler. None of another model counts as one.
     """
     if not classifies_sequences(type(model).__name__):
         return []
     modules = {re.sub(r"(\.lora_[AB])?\.\w+$", "", name.removeprefix("base_model.model.")) for name in tensors}
-    return sorted(name for name in modules if not name.startswith(f"{model.base_model_prefix}."))
+    return sorted(name for name in modules if is_of_head(name, model.base_model_prefix))
+
+
+def is_of_head(name: str, body: str) -> bool:
+    """Whether a module or tensor may belong to a head: it lies outside of the model's `body`, or in its pooler."""
+    return not name.startswith(f"{body}.") or name.startswith(f"{body}.pooler.")
 
 
 def numbered(labels: Iterable[object]) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from emloc_tools.models.heads import HeadedBase, open_headed
 from emloc_tools.models.labels import numbered
 from emloc_tools.models.stream import LockStep
 from emloc_tools.records import Progress, Step, silent
-from emloc_tools.stages.head_fitting import WEIGHT_DECAY, Quality, fit, quality, split
+from emloc_tools.stages.head_fitting import DECAYS, Quality, cross_validated, fit, quality, split
 from emloc_tools.stages.refusals import blaming_inputs, require_apart, require_original
 from emloc_tools.stages.scoring import forward_of, waves_of
 
@@ -31,6 +32,8 @@ from emloc_tools.stages.scoring import forward_of, waves_of
 @dataclass(frozen=True)
 class FittedHead:
     """A finished folder. `head` are the tensors that were fitted, `labels` their rows.
+
+    `tried` are the losses in cross-validation by which `weight_decay` was chosen; empty where it was given.
 
     `fitted` is measured on the samples of the fit, `before` (a random head) and `after` on those held out, None if
     there are none; all with the head in the dtype that is stored. `usual` is the part of the held-out samples that
@@ -45,6 +48,7 @@ class FittedHead:
     head: list[str]
     parameters: int
     weight_decay: float
+    tried: dict[float, float]
     minimum: Minimum
     fitted: Quality
     before: Quality | None
@@ -66,7 +70,7 @@ def fit_head(
     batch_size: int = 1,
     seed: int = 0,
     held_out: float = 0.2,
-    weight_decay: float = WEIGHT_DECAY,
+    weight_decay: float | None = None,
     fit_dtype: Literal["float32", "float64"] = "float64",
     device: str = "auto",
     dtype: str = "auto",
@@ -80,9 +84,10 @@ def fit_head(
     The head is whatever the checkpoint lacks of the base's class for sequence classification; a pooler inside of the
     body counts. The base runs once for every `scoring.TOKENS_IN_FLIGHT` tokens, unit by unit, in `dtype`, and what the
     head reads is kept: one row per sample. Then the mean cross-entropy over the samples plus `weight_decay / 2` times
-    the squared entries of the head's matrices is minimised in `fit_dtype`. For a head of one layer that has one
-    minimum, for others the one that a start chosen by `seed` leads to. A part `held_out` (0 to 1) of the samples of
-    every label is left out of the fit, to measure on.
+    the squared entries of the head's matrices is minimised in `fit_dtype`; without a `weight_decay` that of
+    `head_fitting.DECAYS` is taken which is best in cross-validation over the same samples. For a head of one layer that
+    has one minimum, for others the one that a start chosen by `seed` leads to. A part `held_out` (0 to 1) of the
+    samples of every label is left out of the fit, to measure on.
 
     `output` is a model folder like any other, which every stage takes as its base. It shares the files of the base's
     weights, by hard links, where the file system can.
@@ -95,8 +100,8 @@ def fit_head(
     check_output(output, overwrite=overwrite)
     if not 0 <= held_out < 1:
         raise InputError(f"--held-out {held_out:g} is outside 0 (no sample) to below 1; try 0.2")
-    if not weight_decay >= 0:
-        raise InputError(f"--weight-decay {weight_decay:g} must be 0 or more, such as {WEIGHT_DECAY:g}")
+    if weight_decay is not None and not 0 <= weight_decay < math.inf:
+        raise InputError(f"--weight-decay {weight_decay:g} must be 0 or more, such as {DECAYS[2]:g}")
     device = choose_device(device)
     try:
         labels = numbered(read_labels(data))
@@ -128,6 +133,9 @@ def fit_head(
         features = _features(headed, head, batches, device, progress)
         known = wanted.to(features.ids.device)
         before = quality(head, features.select(left_out), known[left_out]) if len(left_out) else None
+        tried = cross_validated(head, features.select(chosen), known[chosen], seed) if weight_decay is None else {}
+        if weight_decay is None:
+            weight_decay = min(tried, key=tried.__getitem__, default=DECAYS[2])
         minimum = fit(head, features.select(chosen), known[chosen], weight_decay)
         stored = head.round()
         usual = wanted[chosen].bincount().argmax()
@@ -141,6 +149,7 @@ def fit_head(
                 head=list(headed.head),
                 parameters=sum(tensor.numel() for tensor in stored.values()),
                 weight_decay=weight_decay,
+                tried=tried,
                 minimum=minimum,
                 fitted=quality(head, features.select(chosen), known[chosen]),
                 before=before,
@@ -219,7 +228,7 @@ def _config(headed: HeadedBase) -> dict[str, Any]:
 
 def _note(result: FittedHead, data: DataRecord, made: Any) -> dict[str, Any]:
     """What the folder was made from."""
-    fields = ("weight_decay", "minimum", "fitted", "before", "after", "usual")
+    fields = ("weight_decay", "tried", "minimum", "fitted", "before", "after", "usual")
     figures = {name: value for name, value in asdict(result).items() if name in fields}
     return {
         "made_by": manifest_dict(made),

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from emloc_tools.errors import InputError
+from emloc_tools.models.diffusion import DiffusersConfig
 from emloc_tools.models.image_samples import ImageReader
 from emloc_tools.models.images import names_images
 from emloc_tools.models.jsonl import blaming_line, choose, lines_of, read_records
@@ -25,6 +26,9 @@ from emloc_tools.models.ready_inputs import padding_mask, read_ready_inputs
 from emloc_tools.models.samples import LabelledReader, Reader, S, Sample, TextReader
 from emloc_tools.models.skeleton import load_config
 from emloc_tools.models.source import Source
+
+# Arguments that have a row for every sample. Others, such as the position ids of FLUX, have one for every token.
+FIRST = ("input_ids", "hidden_states", "sample")
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,11 @@ def load_batches(
     if path.suffix == ".safetensors":
         ready = read_ready_inputs(path, samples, seed, limits)
         return [Batch(inputs, padding_mask(inputs), None) for inputs in ready]
+    if isinstance(config, DiffusersConfig):
+        raise InputError(
+            f"{path} is taken for JSONL, and {config.architecture} of diffusers reads no texts; give ready model inputs "
+            "(.safetensors), which record-inputs writes"
+        )
     lines = choose(list(lines_of(path)), samples, seed)
     if not lines:
         raise InputError(f"{path} holds no sample; expected one JSON object per line")
@@ -96,7 +105,7 @@ def count_tokens(batches: Sequence[Batch]) -> int:
 
 
 def count_samples(batches: Sequence[Batch]) -> int:
-    """Samples in all batches: rows of token ids; for inputs without them, the longest first dimension."""
+    """Samples in all batches: rows of token ids or hidden states; without those, the longest first dimension."""
     return sum(_samples(batch.inputs) for batch in batches)
 
 
@@ -113,9 +122,9 @@ def read_labels(path: Path) -> list[object]:
 
 
 def _samples(inputs: Mapping[str, torch.Tensor]) -> int:
-    ids = inputs.get("input_ids")
-    if ids is not None:
-        return ids.shape[0]
+    for name in FIRST:
+        if name in inputs:
+            return inputs[name].shape[0]
     return max((tensor.shape[0] for tensor in inputs.values() if tensor.dim()), default=1)
 
 

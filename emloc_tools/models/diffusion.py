@@ -5,7 +5,9 @@ diffusers is an extra that only these models need, so it is imported here on fir
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,6 +94,22 @@ def import_diffusers(why: str) -> Any:
     except ImportError as error:
         raise UnsupportedError(f"{why}, which needs the extra `diffusers`: {REMEDY}") from error
     return diffusers
+
+
+@contextlib.contextmanager
+def no_bars() -> Iterator[None]:
+    """Without the progress bars of the libraries that load a pipeline's parts."""
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
+
+    shown = [log for log in (of_diffusers, of_transformers) if log.is_progress_bar_enabled()]
+    for log in shown:
+        log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for log in shown:
+            log.enable_progress_bar()
 
 
 def build(cls: Any, config: DiffusersConfig, dtype: torch.dtype) -> nn.Module:

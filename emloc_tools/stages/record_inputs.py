@@ -15,7 +15,7 @@ from torch import nn
 from emloc_tools.errors import InputError, UnsupportedError
 from emloc_tools.files.folders import check_output, new_folder
 from emloc_tools.models.base import choose_device
-from emloc_tools.models.diffusion import PIPELINE, import_diffusers, stored_dtype
+from emloc_tools.models.diffusion import PIPELINE, import_diffusers, no_bars, stored_dtype
 from emloc_tools.models.recording import record_inputs as recording
 from emloc_tools.models.source import first_line, open_source, open_tensors
 from emloc_tools.records import Progress, Step, silent
@@ -130,9 +130,10 @@ def _prompt(line: str, where: str) -> str:
 
 def _load(diffusers: Any, where: Any, revision: str | None, dtype: torch.dtype, trust_remote_code: bool) -> Any:
     try:
-        return diffusers.DiffusionPipeline.from_pretrained(
-            where, revision=revision, torch_dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code
-        )
+        with no_bars():
+            return diffusers.DiffusionPipeline.from_pretrained(
+                where, revision=revision, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code
+            )
     except (OSError, ValueError, ImportError, AttributeError) as error:
         raise InputError(f"{where}: the pipeline cannot be loaded: {first_line(error)}") from error
 

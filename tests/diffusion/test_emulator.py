@@ -21,6 +21,7 @@ from emloc_tools.models.lowrank_modules import LowRankLinear
 from emloc_tools.stages.build_emulator import build_emulator
 from emloc_tools.stages.calibrate import calibrate
 from emloc_tools.stages.truncate import truncate
+from tests import pico
 from tests.diffusion import pico_flux
 from tests.diffusion.conftest import Case, calls_in
 from tests.stages.reference import close_to, read_json, read_tensors, tensor_hash
@@ -203,7 +204,7 @@ def test_shards_and_bfloat16_pass_through_the_whole_way(tmp_path: Path) -> None:
     base = str(tmp_path / "base")
     build_emulator(base=base, ranks=full, output=tmp_path / "full", max_shard_size=100_000)
     assert len(list((tmp_path / "full").glob("diffusion_pytorch_model-*-of-*.safetensors"))) > 1
-    emulator = diffusers.FluxTransformer2DModel.from_pretrained(tmp_path / "full", torch_dtype=torch.bfloat16)
+    emulator = diffusers.FluxTransformer2DModel.from_pretrained(tmp_path / "full", dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in emulator.parameters()} == {torch.bfloat16}
     torch.manual_seed(0)
     call = {
@@ -217,7 +218,7 @@ def test_shards_and_bfloat16_pass_through_the_whole_way(tmp_path: Path) -> None:
     call |= {"img_ids": torch.arange(18.0).reshape(6, 3), "txt_ids": torch.zeros(5, 3)}
     assert close_to(outputs(emulator, [call]), outputs(model, [call])) < 0.02  # bf16 has 8 bits
     build_emulator(base=base, ranks=dict.fromkeys(full, 1), output=tmp_path / "least")
-    emulator = diffusers.FluxTransformer2DModel.from_pretrained(tmp_path / "least", torch_dtype=torch.bfloat16)
+    emulator = diffusers.FluxTransformer2DModel.from_pretrained(tmp_path / "least", dtype=torch.bfloat16)
     assert close_to(outputs(emulator, [call]), outputs(model, [call])) > 0.05  # the control
 
 
@@ -256,6 +257,12 @@ def test_an_emulator_is_no_base(flux: Case, tmp_path: Path) -> None:
         (tmp_path / name).symlink_to(flux.emulator / name)
     with pytest.raises(InputError, match="is an emulator made by emloc-tools; give the model"):
         calibrate(base=str(tmp_path), data=flux.inputs, output=tmp_path / "out")
+
+
+def test_texts_are_refused_with_the_command_that_makes_inputs(flux: Case, tmp_path: Path) -> None:
+    texts = pico.save_texts(tmp_path / "texts.jsonl")
+    with pytest.raises(InputError, match=r"FluxTransformer2DModel of diffusers reads no texts; .* record-inputs"):
+        calibrate(base=flux.base, data=texts, output=tmp_path / "out")
 
 
 def test_a_quantised_base_and_an_unknown_class_are_refused(flux: Case, tmp_path: Path) -> None:

@@ -77,8 +77,8 @@ def load_batches(
         return [Batch(inputs, padding_mask(inputs), None) for inputs in ready]
     if isinstance(config, DiffusersConfig):
         raise InputError(
-            f"{path} is taken for JSONL, and {config.architecture} of diffusers reads no texts; give ready model inputs "
-            "(.safetensors), which record-inputs writes"
+            f"{path} is taken for JSONL, and {config.architecture} of diffusers reads no texts; give ready model "
+            "inputs (.safetensors), which record-inputs writes"
         )
     lines = choose(list(lines_of(path)), samples, seed)
     if not lines:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from emloc_tools.models.experts import Watch, module_of, observe_experts, stop_observing
+from emloc_tools.models.padding import real_rows, real_slots
 from emloc_tools.records import Layer, Side
 
 
@@ -44,8 +45,8 @@ class Observer:
     """Records, per batch, what the given layers read and write, until `take` fetches it.
 
     Of `stacks` of experts it is what each expert reads, and writes before the bias, under the names of the members.
-    `current()` names the running batch; `mask(batch)` gives its `(batch, length)` mask of real tokens, or None;
-    `wanted(layer)` says which sides of the layer are needed.
+    `current()` names the running batch; `mask(batch, layer, x)` gives the `(batch, length)` mask of real tokens in x,
+    which the layer reads, or None; `wanted(layer)` says which sides of the layer are needed.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class Observer:
         layers: Iterable[str],
         *,
         current: Callable[[], int],
-        mask: Callable[[int], torch.Tensor | None],
+        mask: Callable[[int, str, torch.Tensor], torch.Tensor | None],
         wanted: Callable[[str], frozenset[Side]],
         stacks: Iterable[Layer] = (),
     ) -> None:
@@ -90,12 +91,13 @@ class Observer:
         def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor) -> None:
             x = args[0] if args else next(iter(kwargs.values()))
             batch, wanted = self._current(), self._wanted(name)
+            mask = self._mask(batch, name, x)
             reading = self._reading(batch, name, x)
             reading.layers.append(name)
             if "input" in wanted and reading.inputs is None:
-                reading.inputs = real_rows(x, self._mask(batch))
+                reading.inputs = real_rows(x, mask)
             if "output" in wanted:
-                reading.outputs[name] = real_rows(output, self._mask(batch))
+                reading.outputs[name] = real_rows(output, mask)
 
         return see
 
@@ -107,7 +109,7 @@ class Observer:
                 return
             name = f"{stacks[projection]}.{number}"
             batch, wanted = self._current(), self._wanted(name)
-            mask = self._mask(batch)
+            mask = self._mask(batch, name, x)
             inputs = real_slots(x, mask, tokens, of) if "input" in wanted else None
             outputs = {name: real_slots(y, mask, tokens, of)} if "output" in wanted else {}
             # Every expert has rows of its own, so nothing is shared.
@@ -122,27 +124,6 @@ class Observer:
                 return reading
         readings.append(Reading(x, _version(x)))
         return readings[-1]
-
-
-def real_rows(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """The rows `(tokens, features)` of real tokens in `x (..., features)`, copied: the model may change x in place.
-
-    `mask (batch, length)` says which tokens are real. It is applied to tensors with those leading dimensions, or with
-    as many rows; others, such as image patches, have no padding.
-    """
-    if mask is not None:
-        if x.shape[:-1] == mask.shape:
-            return x[mask]
-        if x.dim() == 2 and x.shape[0] == mask.numel():
-            return x[mask.reshape(-1)]
-    return x.reshape(-1, x.shape[-1]).clone()
-
-
-def real_slots(x: torch.Tensor, mask: torch.Tensor | None, tokens: torch.Tensor, of: int) -> torch.Tensor:
-    """The rows of real tokens in `x (slots, features)`, copied, where slot i holds the row `tokens[i]` of `of` rows."""
-    if mask is not None and mask.numel() == of:
-        return x[mask.reshape(-1)[tokens]]
-    return x.clone()
 
 
 def _version(x: torch.Tensor) -> int | None:

@@ -22,6 +22,7 @@ from emloc_tools.models.backward import BackwardLockStep
 from emloc_tools.models.base import choose_device, open_base, weight_name
 from emloc_tools.models.data import Batch, count_samples, count_tokens, load_batches
 from emloc_tools.models.layers import select_layers
+from emloc_tools.models.padding import Padding
 from emloc_tools.models.stream import MAX_UNIT_BYTES, LockStep
 from emloc_tools.models.units import partition
 from emloc_tools.models.weights import ModelWeights
@@ -113,14 +114,16 @@ def calibrate(
             if loss is None
             else BackwardLockStep(opened.model, weights, layers, spill=folder, device=device)
         )
-        statistics = GramSums(stream, layers, batches, spool, progress)
+        padding = Padding(stream, batches)
+        statistics = GramSums(stream, layers, padding, spool, progress)
         if isinstance(stream, BackwardLockStep):
-            sums = GradientSums(stream, batches, spool, progress)
+            sums = GradientSums(stream, padding, spool, progress)
             stream.run_backward(calls, lambda index, result: batch_loss(batches[index], result, opened.model))
             sums.finish()
         else:
             stream.run(calls)
         statistics.finish()
+        padding.close()
         stream.close()
         reached = statistics.reached()
         manifest = write_calibration(

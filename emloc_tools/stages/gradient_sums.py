@@ -17,7 +17,7 @@ from emloc_tools.models.backward import BackwardLockStep
 from emloc_tools.models.data import Batch
 from emloc_tools.models.gradients import Gradient
 from emloc_tools.models.labels import classifies_sequences
-from emloc_tools.models.observe import real_rows, real_slots
+from emloc_tools.models.padding import Padding, real_rows, real_slots
 from emloc_tools.models.skeleton import predicts_next_token
 from emloc_tools.models.units import Unit
 from emloc_tools.records import GradientGram, Loss, Progress, Step
@@ -26,10 +26,8 @@ from emloc_tools.records import GradientGram, Loss, Progress, Step
 class GradientSums:
     """Sums what `stream` reports of the gradients of real tokens; a finished unit's sums move to the spool."""
 
-    def __init__(
-        self, stream: BackwardLockStep, batches: Sequence[Batch], spool: GramSpool, progress: Progress
-    ) -> None:
-        self._stream, self._batches, self._spool, self._progress = stream, batches, spool, progress
+    def __init__(self, stream: BackwardLockStep, padding: Padding, spool: GramSpool, progress: Progress) -> None:
+        self._stream, self._padding, self._spool, self._progress = stream, padding, spool, progress
         self._grams: dict[str, GradientGram] = {}
         self._done = 0
         stream.on_gradient = self._add
@@ -44,7 +42,7 @@ class GradientSums:
         self._grams.clear()
 
     def _add(self, batch: int, gradient: Gradient) -> None:
-        mask = self._batches[batch].mask
+        mask = self._padding.mask(batch, gradient.layer)
         if gradient.tokens is None:
             rows, squares = real_rows(gradient.rows, mask), real_rows(gradient.squares[..., None], mask)
         else:

@@ -10,8 +10,8 @@ from emloc_tools.errors import InputError, NumericalError
 from emloc_tools.files.calibration import GramEntry, GramSpool
 from emloc_tools.linalg.gram import accumulate, smaller_side
 from emloc_tools.models.base import oriented
-from emloc_tools.models.data import Batch
 from emloc_tools.models.observe import Observer, Reading
+from emloc_tools.models.padding import Padding
 from emloc_tools.models.stream import LockStep
 from emloc_tools.models.units import Unit
 from emloc_tools.records import Gram, Layer, Progress, Side, Step
@@ -31,7 +31,7 @@ class GramSums:
         self,
         stream: LockStep,
         layers: Sequence[Layer],
-        batches: Sequence[Batch],
+        padding: Padding,
         spool: GramSpool,
         progress: Progress,
     ) -> None:
@@ -46,7 +46,7 @@ class GramSums:
             [layer.name for layer in layers if layer.experts is None],
             stacks=[layer for layer in layers if layer.experts is not None],
             current=lambda: stream.current,
-            mask=lambda batch: batches[batch].mask,
+            mask=padding.mask,
             wanted=self._wanted,
         )
         stream.on_leave = self._leave

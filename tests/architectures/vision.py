@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import transformers
 
-from tests.architectures.family import IMAGE, SIZES, Draw, Family, Inputs, configured
+from tests.architectures.family import IMAGE, SIZES, Draw, Family, Inputs, configured, padded
 
 VISION = "vision"
 BOTH = "vision and text"
 TOWER = {key: SIZES[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")}
-TOWERS: dict[str, Any] = {"text_config": {**SIZES, "max_position_embeddings": 16}, "vision_config": {**TOWER, **IMAGE}}
+TOWERS: dict[str, Any] = {"text_config": {**SIZES, "max_position_embeddings": 20}, "vision_config": {**TOWER, **IMAGE}}
 SWIN: dict[str, Any] = {
     **{"image_size": 32, "patch_size": 4, "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4},
 }
@@ -24,11 +23,9 @@ def pictures(draw: Draw) -> list[Inputs]:
 
 
 def captions(draw: Draw) -> list[Inputs]:
-    """Images and texts; one text is padded."""
-    batches = [{"input_ids": draw.ids(3, length), "pixel_values": draw.values(3, 3, 32, 32)} for length in (12, 16)]
-    batches[0]["attention_mask"] = torch.ones_like(batches[0]["input_ids"])
-    batches[0]["attention_mask"][1, -5:] = 0
-    return batches
+    """Images and texts. Those of the first batch are padded, to as many tokens as an image has rows."""
+    batches = [{"input_ids": draw.ids(3, length), "pixel_values": draw.values(3, 3, 32, 32)} for length in (17, 12)]
+    return [padded(batches[0], 1, slice(-5, None)), batches[1]]
 
 
 def classifier(name: str, prefix: str, **changes: Any) -> Family:

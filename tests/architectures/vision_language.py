@@ -28,7 +28,7 @@ QWEN_TOKENS = {
 def with_images(draw: Draw, tokens: int, images: Callable[[Draw], Inputs], *, typed: bool = False) -> list[Inputs]:
     """Two batches of a text with `tokens` image tokens each, the second padded, and one without an image."""
     batches = []
-    for length in (24, 20):
+    for length in (tokens + 9, tokens + 7):
         ids = plain(draw, 1, length)
         ids[0, 2], ids[0, 3 + tokens] = START, END
         ids[0, 3 : 3 + tokens] = IMAGES

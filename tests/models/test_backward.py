@@ -134,7 +134,7 @@ def test_an_observer_sees_the_forward_once_and_nothing_of_the_recomputation(fami
         stream.model,
         [layer.name for layer in layers],
         current=lambda: stream.current,
-        mask=lambda batch: None,
+        mask=lambda *_: None,
         wanted=lambda name: frozenset({"input"}),
     )
 

@@ -49,7 +49,7 @@ def observe(folder: Path, names: list[str], *, masked: bool = True) -> list[list
     made = batches()
     readings: list[list[Reading]] = [[] for _ in made]
 
-    def mask(batch: int) -> torch.Tensor | None:
+    def mask(batch: int, *_: Any) -> torch.Tensor | None:
         found = made[batch].get("attention_mask")
         return found.bool() if masked and found is not None else None
 
@@ -147,7 +147,7 @@ class Readers(nn.Module):
 
 def _observe_module(module: nn.Module, x: torch.Tensor) -> list[Reading]:
     names = [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear)]
-    observer = Observer(module, names, current=lambda: 0, mask=lambda _: None, wanted=lambda _: BOTH)
+    observer = Observer(module, names, current=lambda: 0, mask=lambda *_: None, wanted=lambda _: BOTH)
     with torch.no_grad():
         module(x)
     return observer.take(0)
@@ -184,7 +184,7 @@ def test_empty_tensors_are_not_taken_for_one() -> None:
 def test_tensors_of_inference_mode_are_never_shared_since_changes_in_place_do_not_show() -> None:
     module, x = Readers(), torch.randn(5, 6)
     names = ["layers.0", "layers.1", "layers.4"]
-    observer = Observer(module, names, current=lambda: 0, mask=lambda _: None, wanted=lambda _: BOTH)
+    observer = Observer(module, names, current=lambda: 0, mask=lambda *_: None, wanted=lambda _: BOTH)
     with torch.inference_mode():
         module(x.clone())
     readings = observer.take(0)
@@ -199,7 +199,7 @@ def test_only_the_wanted_sides_are_copied() -> None:
         module,
         ["layers.0", "layers.1"],
         current=lambda: 0,
-        mask=lambda _: None,
+        mask=lambda *_: None,
         wanted=lambda name: frozenset({"output"}) if name == "layers.1" else frozenset(),
     )
     with torch.no_grad():
@@ -220,7 +220,7 @@ def test_a_unit_that_is_a_layer_with_bias_is_seen_while_its_weight_is_loaded(tmp
 
     reference, stream = stream_module(Head, tmp_path)
     observer = Observer(
-        stream.model, ["head"], current=lambda: stream.current, mask=lambda _: None, wanted=lambda _: BOTH
+        stream.model, ["head"], current=lambda: stream.current, mask=lambda *_: None, wanted=lambda _: BOTH
     )
     products: list[torch.Tensor] = []
 
@@ -239,7 +239,7 @@ def test_a_unit_that_is_a_layer_with_bias_is_seen_while_its_weight_is_loaded(tmp
 def test_rows_hold_no_graph_where_gradients_are_enabled() -> None:
     module, x = Readers(), torch.randn(5, 6)
     names = ["layers.0", "layers.1"]
-    observer = Observer(module, names, current=lambda: 0, mask=lambda _: None, wanted=lambda _: BOTH)
+    observer = Observer(module, names, current=lambda: 0, mask=lambda *_: None, wanted=lambda _: BOTH)
     read = x.clone().requires_grad_()
     y = module.layers[1](module.layers[0](read))  # type: ignore[operator]
     readings = observer.take(0)

@@ -14,6 +14,7 @@ from torch import nn
 from emloc_tools.errors import InputError, NumericalError
 from emloc_tools.files.calibration import GramSpool
 from emloc_tools.models.data import Batch
+from emloc_tools.models.padding import Padding
 from emloc_tools.models.units import Unit
 from emloc_tools.records import Layer, Step
 from emloc_tools.stages.gram_sums import GramSums
@@ -48,9 +49,9 @@ def gather(tmp_path: Path) -> Callable[..., GramSums]:
     def run(model: Fork, calls: list[tuple[torch.Tensor, torch.Tensor]], steps: list[Step] | None = None) -> GramSums:
         stream: Any = SimpleNamespace(model=model, current=0, units=["unit"])
         unit = Unit("unit", model, 0, [])
-        batches = [Batch({}, None, None) for _ in calls]
+        padding = Padding(stream, [Batch({}, None, None) for _ in calls])
         progress = [].append if steps is None else steps.append
-        statistics = GramSums(stream, LAYERS, batches, GramSpool(tmp_path / "spool"), progress)
+        statistics = GramSums(stream, LAYERS, padding, GramSpool(tmp_path / "spool"), progress)
         with torch.no_grad():
             for stream.current, (x, other) in enumerate(calls):
                 model(x, other)

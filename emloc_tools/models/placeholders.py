@@ -40,11 +40,21 @@ class NotLoaded(torch.Tensor):
 class Placeholder(NotLoaded, nn.Parameter):
     """A parameter that is not loaded."""
 
+    destination = torch.device("meta")
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        """Where the parameter will be: some models move their inputs to where they find their first parameter."""
+        return self.destination
+
 
 class Placeholders:
-    """Puts placeholders in all parameter slots that are on meta, tied ones the same, until it is removed."""
+    """Puts placeholders in all parameter slots that are on meta, tied ones the same, until it is removed.
 
-    def __init__(self, slots: Iterable[Slot]) -> None:
+    They name `device` as their own; it is where the weights will be loaded.
+    """
+
+    def __init__(self, slots: Iterable[Slot], device: torch.device = Placeholder.destination) -> None:
         self._before: list[tuple[Slot, torch.Tensor]] = []
         made: dict[int, torch.Tensor] = {}
         for slot in slots:
@@ -53,7 +63,7 @@ class Placeholders:
                 continue
             if id(before) not in made:
                 made[id(before)] = torch.Tensor._make_subclass(Placeholder, before.detach(), before.requires_grad)
-                made[id(before)].__dict__.update(before.__dict__)
+                made[id(before)].__dict__.update(before.__dict__, destination=device)
             self._before.append((slot, before))
             put(slot, made[id(before)])
 

@@ -82,7 +82,7 @@ class LockStep:
         _move_buffers(model, self.device)
         self._fill(self._resident, self.weights.load(self._sources(self._resident)))
         self._handles = [handle for unit in self.units for handle in self._hooks(unit)]
-        self._handles.append(Placeholders(slot for unit in self.units for slot in unit.slots))
+        self._handles.append(Placeholders((slot for unit in self.units for slot in unit.slots), self.device))
 
     @property
     def current(self) -> int:

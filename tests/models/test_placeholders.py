@@ -77,6 +77,28 @@ def test_a_streamed_model_that_does_not_call_the_owner_of_a_weight_is_refused(tm
     assert not any(isinstance(parameter, Placeholder) for parameter in stream.model.parameters())
 
 
+class Follows(nn.Module):
+    """Moves its input to where its parameters are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x.to(next(self.parameters()).device))
+        return x
+
+
+def test_a_model_that_moves_its_inputs_to_its_parameters_keeps_them(tmp_path: Path) -> None:
+    reference, stream = stream_module(Follows, tmp_path)
+    results: list[torch.Tensor] = []
+    stream.run([lambda: stream.model(X)], lambda index, result: results.append(result))
+    assert torch.equal(results[0], reference(X))
+    assert {parameter.is_meta for parameter in stream.model.parameters()} == {True}
+    assert {parameter.device.type for parameter in stream.model.parameters()} == {"cpu"}
+
+
 def test_tied_parameters_stay_one_and_those_that_are_loaded_stay_themselves() -> None:
     tied, loaded = nn.Linear(8, 8, device="meta"), nn.Linear(8, 8)
     other = nn.Linear(8, 8, device="meta")

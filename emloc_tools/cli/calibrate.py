@@ -101,6 +101,6 @@ def calibrate(
     if result.unreached:
         console.warn(
             f"no sample reached {len(result.unreached)} layers, such as {result.unreached[0]}; an emulator keeps them "
-            "dense. More --samples may reach them.",
+            "dense, but single experts of others become plain SVDs. More --samples may reach them.",
             hidden=quiet,
         )

@@ -17,6 +17,7 @@ from emloc_tools.errors import InputError
 from emloc_tools.files.calibration import GramSpool, write_calibration
 from emloc_tools.files.folders import check_output, new_folder
 from emloc_tools.files.manifest import BaseRecord, CalibratedLayer, CalibratedStack, DataRecord, file_hash, made_by
+from emloc_tools.files.ready_inputs import TARGET
 from emloc_tools.files.tensors import MAX_SHARD_SIZE
 from emloc_tools.models.backward import BackwardLockStep
 from emloc_tools.models.base import choose_device, open_base, weight_name
@@ -80,7 +81,8 @@ def calibrate(
     With `gradients` the samples also run backward, and the second moments of the loss gradient at every layer are kept
     as well. Every weight is then read twice at most, and activations pass through a temporary file beside the output
     (see `_activation_bytes`). The loss is that of the next token over the samples' targets (a text, a chat, the
-    completion of a prompt), or for ready inputs with labels that of the model.
+    completion of a prompt), for ready inputs with labels that of the model, and for those with a `target` the squared
+    error of the model's output.
 
     Raises `InputError` for unusable paths, data or patterns and for too full a disk, `NumericalError` for NaN or
     infinity, `UnsupportedError` for gradients of a model without a loss on such data.
@@ -183,8 +185,13 @@ def _activation_bytes(model: Any, weights: ModelWeights, batches: Sequence[Batch
     0 for a model that has no one hidden size.
     """
     units, _ = partition(model, weights, MAX_UNIT_BYTES)
-    hidden = getattr(model.config.get_text_config(), "hidden_size", 0)
-    tokens = sum(next(iter(batch.inputs.values())).shape[:2].numel() for batch in batches)
+    if isinstance(model.config, Mapping):  # of diffusers, whose tokens are those of the picture and of the text
+        hidden, names = getattr(model, "inner_dim", 0), ("hidden_states", "encoder_hidden_states")
+        given = [batch.inputs[name] for batch in batches for name in names if name in batch.inputs]
+    else:
+        hidden = getattr(model.config.get_text_config(), "hidden_size", 0)
+        given = [next(iter(batch.inputs.values())) for batch in batches]
+    tokens = sum(tensor.shape[:2].numel() for tensor in given)
     return int(tokens * hidden * model.dtype.itemsize * (len(units) + 2))
 
 
@@ -208,7 +215,8 @@ def _cheapest(model: Any, layers: Sequence[Layer], batches: Sequence[Batch], *, 
     options: dict[str, Any] = {"use_cache": False}
     head = getattr(model, "get_output_embeddings", lambda: None)()
     has_loss = loss or any("labels" in batch.inputs for batch in batches)
-    if not has_loss and not any(model.get_submodule(layer.name) is head for layer in layers):
+    linears = [layer for layer in layers if layer.experts is None]
+    if not has_loss and not any(model.get_submodule(layer.name) is head for layer in linears):
         options["logits_to_keep"] = 1
     return {name: value for name, value in options.items() if name in accepted}
 
@@ -217,7 +225,7 @@ def _forward(model: nn.Module, batch: Batch, device: torch.device, options: Mapp
     """A call that runs one batch, with the `options` that its inputs do not set themselves."""
 
     def call() -> Any:
-        inputs = {name: tensor.to(device) for name, tensor in batch.inputs.items()}
+        inputs = {name: tensor.to(device) for name, tensor in batch.inputs.items() if name != TARGET}
         with blaming_inputs(model, inputs):
             return model(**{**options, **inputs})
 

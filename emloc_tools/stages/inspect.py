@@ -66,6 +66,7 @@ def _calibration(path: Path) -> Inspection:
         **_base(manifest.base),
         "data": [record.model_dump() for record in manifest.data],
         "layers": len(manifest.layers),
+        **({"stacks_of_experts": len(calibration.stacks)} if calibration.stacks else {}),
         "grams": len(manifest.grams),
         **({"layers_with_gradients": len(gradients), "loss": calibration.loss} if gradients else {}),
         "gram_bytes": sum(record.features * (record.features + 1) * 2 for record in manifest.grams),
@@ -83,7 +84,27 @@ def _calibration(path: Path) -> Inspection:
         }
         for name, layer in manifest.layers.items()
     ]
+    rows += [_calibrated_stack(calibration, name) for name in calibration.stacks]
     return Inspection("calibration", path, facts, rows)
+
+
+def _calibrated_stack(calibration: Calibration, name: str) -> dict[str, Any]:
+    """A row for all experts of a stack; `tokens` are those of all together."""
+    record = calibration.stacks[name]
+    reached = [f"{name}.{number}" for number in range(record.experts)]
+    reached = [member for member in reached if member not in calibration.manifest.unreached]
+    has_gradients = any(member in calibration.gradient_layers for member in reached)
+    wide = record.out_features > record.in_features
+    return {
+        "layer": name,
+        "out": record.out_features,
+        "in": record.in_features,
+        "statistics": calibration.record(reached[0]).side,
+        "tokens": sum(calibration.record(member).tokens for member in reached),
+        **({"gradients": "input" if wide else "output"} if has_gradients else {}),
+        "experts": record.experts,
+        "without_tokens": record.experts - len(reached),
+    }
 
 
 def _emulator(path: Path) -> Inspection:
@@ -101,6 +122,7 @@ def _emulator(path: Path) -> Inspection:
         "calibration": calibrated and calibrated.hash,
         "data": [record.model_dump() for record in calibrated.data] if calibrated else [],
         "factored_layers": len(manifest.layers),
+        **({"stacks_of_experts": len(emulator.stacks)} if emulator.stacks else {}),
         "made_by": manifest.made_by.command,
     }
     rows = [
@@ -114,7 +136,22 @@ def _emulator(path: Path) -> Inspection:
         }
         for name, layer in manifest.layers.items()
     ]
+    rows += [_factored_stack(emulator, name) for name in emulator.stacks]
     return Inspection("emulator", path, facts, rows)
+
+
+def _factored_stack(emulator: Emulator, name: str) -> dict[str, Any]:
+    """A row for all experts of a stack, with the largest error of any."""
+    record = emulator.stacks[name]
+    return {
+        "layer": name,
+        "out": record.out_features,
+        "in": record.in_features,
+        "rank": record.rank,
+        "relative_error": max(expert.relative_error for expert in record.experts),
+        "experts": len(record.experts),
+        "without_tokens": sum(expert.tokens == 0 for expert in record.experts),
+    }
 
 
 def _weighting(emulator: Emulator) -> dict[str, Any]:

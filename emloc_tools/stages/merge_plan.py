@@ -43,6 +43,11 @@ def plan_changes(
     Raises `MismatchError` for names and shapes that the base does not have, `UnsupportedError` for weights that cannot
     be changed in the checkpoint: those that are converted on loading, and tied ones.
     """
+    if bundle is not None and bundle.stacks:
+        raise UnsupportedError(
+            f"the emulator in {bundle.folder} holds experts as factors, towards which weights cannot be moved; correct "
+            "the adapter and merge it without --emulator and --interpolate, or build an emulator with --exclude experts"
+        )
     planner = _Planner(opened, weights, trained)
     planner.add_saved()
     for module in trained.loras:

@@ -109,7 +109,7 @@ def open_backward(
 ) -> tuple[BackwardLockStep, list[Layer]]:
     """A saved transformers model, ready to stream; by default with every linear layer, in float64."""
     opened = open_base(str(folder), dtype=dtype)
-    layers = select_layers(opened.model, targets=targets)
+    layers = [layer for layer in select_layers(opened.model, targets=targets) if layer.experts is None]
     return BackwardLockStep(opened.model, opened.weights(), layers, spill=folder, **options), layers
 
 

@@ -86,7 +86,7 @@ def relative(one: Grams, other: Grams) -> float:
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "albert", "gemma3", "qwen3-moe"])
 def test_grams_of_what_layers_see_equal_those_of_the_model_in_memory(family: str, tmp_path: Path) -> None:
     model = pico.save_model(tmp_path, family)
-    names = [layer.name for layer in select_layers(model)]
+    names = [layer.name for layer in select_layers(model) if layer.experts is None]
     expected = reference_grams(in_memory(tmp_path), names)
     inputs, written, tokens = observed_grams(observe(tmp_path, names))
     # Rows are equal bit for bit; only the order of float64 sums differs.

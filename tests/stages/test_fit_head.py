@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from torch.nn import functional as F
 
 from emloc_tools.stages import scoring
 from emloc_tools.stages.fit_head import FittedHead, fit_head
+from emloc_tools.stages.head_fitting import DECAYS
+from tests import pico
 from tests.stages import classifiers
 from tests.stages.classifiers import classifier, labelled, logits_of
 from tests.stages.reference import close_to, read_tensors
@@ -155,3 +158,30 @@ def test_float32_gives_nearly_the_same_head_and_more_decay_another(fitted: Fitte
     )
     assert close_to(single, exact) < 1e-2
     assert shrunk.norm() < exact.norm() / 2
+
+
+def test_the_decay_is_chosen_on_samples_that_a_fit_has_not_seen(fitted: Fitted, tmp_path: Path) -> None:
+    """Labels that have nothing to do with their texts can be learnt by heart, but others are then told worse than
+    blindly. Such labels want a stronger decay than those which the texts themselves say.
+    """
+    base, _, given = fitted("llama")
+    assert (given.weight_decay, given.tried) == (DECAY, {})
+    generator = torch.Generator().manual_seed(3)
+    found = {}
+    for name in ("noise", "told"):
+        labels = torch.randint(2, (40,), generator=generator).tolist()
+        texts = [
+            f"{'no' if label or name == 'noise' else 'yes'} {number * 7919 % 1000}"
+            for number, label in enumerate(labels)
+        ]
+        data = pico.write_jsonl(tmp_path / name, [{"text": t, "label": n} for t, n in zip(texts, labels, strict=True)])
+        found[name] = fit_head(base=str(base), data=data, output=tmp_path / f"{name}-out", held_out=0, device="cpu")
+    blind = math.log(2)
+    for result in found.values():
+        assert result.weight_decay == min(result.tried, key=result.tried.__getitem__)
+    assert found["noise"].weight_decay > found["told"].weight_decay
+    assert found["noise"].tried[min(DECAYS)] > blind
+    by_heart = {"output": tmp_path / "by-heart", "weight_decay": min(DECAYS), "held_out": 0, "device": "cpu"}
+    known = fit_head(base=str(base), data=tmp_path / "noise", **by_heart)
+    assert known.fitted.loss < blind / 2, "the control: measured on the samples of the fit it would look good"
+    assert found["told"].tried[found["told"].weight_decay] < blind / 2

@@ -1,0 +1,73 @@
+"""What `emloc-tools fit-head` prints, and what it warns of."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import transformers
+
+from tests import pico
+from tests.cli.conftest import UNREADABLE, Invoke
+
+
+def words(folder: Path, records: list[dict[str, object]], *, padded: bool = True) -> list[object]:
+    """A command line for a new base and labelled texts in `folder`."""
+    pico.save_model(folder / "base", "gpt2")
+    if not padded:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "base")
+        tokenizer.pad_token = None
+        tokenizer.save_pretrained(folder / "base")
+    data = pico.write_jsonl(folder / "data.jsonl", records)
+    return ["fit-head", "--base", folder / "base", "--data", data, "--device", "cpu", "--output", folder / "out"]
+
+
+TOLD: list[dict[str, object]] = [
+    {"text": f"{word} {number}", "label": word} for number in range(10) for word in ("left", "right")
+]
+
+
+def test_the_result_says_what_was_fitted_how_good_it_is_and_what_comes_next(tmp_path: Path, invoke: Invoke) -> None:
+    printed = invoke(*words(tmp_path, TOLD), columns=200)
+    assert printed.status == 0
+    assert "2: left, right" in printed.stdout
+    assert "score.weight (64 parameters)" in printed.stdout
+    assert "16 samples: loss" in printed.stdout
+    assert "4 samples: loss" in printed.stdout
+    assert "1 shared with the base, 0 copied, 1 written" in printed.stdout
+    assert f"emloc-tools calibrate --base {tmp_path / 'out'} --data" in printed.stdout
+    assert "Warning" not in printed.stderr
+    assert not UNREADABLE.search(printed.stdout + printed.stderr)
+
+
+def test_json_holds_the_whole_result(tmp_path: Path, invoke: Invoke) -> None:
+    printed = invoke(*words(tmp_path, TOLD), "--json", "--weight-decay", "0.5", "--held-out", "0", "--seed", "1")
+    result = json.loads(printed.stdout)
+    assert result["labels"] == {"left": 0, "right": 1}
+    assert (result["weight_decay"], result["tried"], result["after"]) == (0.5, {}, None)
+    assert result["fitted"]["samples"] == 20
+    assert result["minimum"]["converged"] is True
+    note = json.loads((tmp_path / "out" / "emloc-head.json").read_text())
+    assert note["fitted"] == result["fitted"]
+
+
+def test_a_head_no_better_than_its_most_frequent_label_is_warned_of(tmp_path: Path, invoke: Invoke) -> None:
+    same: list[dict[str, object]] = [{"text": "the same text", "label": number % 2} for number in range(20)]
+    printed = invoke(*words(tmp_path, same))
+    assert printed.status == 0
+    assert (
+        "on held-out samples the head is right in 50.0%, and the most frequent label alone in 50.0%" in printed.stderr
+    )
+
+
+def test_a_tokenizer_without_padding_is_warned_of(tmp_path: Path, invoke: Invoke) -> None:
+    printed = invoke(*words(tmp_path, TOLD, padded=False))
+    assert "the tokenizer pads with another token, or none; the model takes 2 for padding" in printed.stderr
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["pad_token_id"] == 2
+
+
+def test_a_bad_label_is_one_line(tmp_path: Path, invoke: Invoke) -> None:
+    printed = invoke(*words(tmp_path, [*TOLD, {"text": "x", "label": None}]))
+    assert printed.status == 1
+    assert "data.jsonl: `label` is None, expected a text or a whole number" in printed.error
+    assert not (tmp_path / "out").exists()

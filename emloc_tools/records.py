@@ -13,7 +13,7 @@ Orientation = Literal["linear", "conv1d"]
 Allocation = Literal["uniform", "adaptive"]
 Weighting = Literal["none", "gradient"]
 Library = Literal["transformers", "diffusers"]
-Loss = Literal["next-token", "model"]  # what gradients are of; formats/calibration/SPEC.md says it in full
+Loss = Literal["next-token", "model", "squared-error"]  # what gradients are of; see formats/calibration/SPEC.md
 
 
 @dataclass(frozen=True)

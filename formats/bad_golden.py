@@ -60,6 +60,7 @@ def _calibration() -> list[Bad]:
         json_case("C2", "later-version", "format_version", lambda m: m.update(format_version=2)),
         json_case("C2", "version-3", "format_version", lambda m: m.update(format_version=3)),
         json_case("C2", "version-4", "format_version", lambda m: m.update(format_version=4)),
+        json_case("C2", "version-5", "format_version", lambda m: m.update(format_version=5)),
         json_case("C2", "other-format", "format", lambda m: m.update(format="emloc-emulator")),
         json_case("C3", "unknown-field", "comment", lambda m: m.update(comment="hello")),
         json_case("C3", "path-outside", "shards.0", lambda m: m.update(shards=["../" + shard])),
@@ -70,6 +71,8 @@ def _calibration() -> list[Bad]:
             "C3", "gradient-of-two-layers", "grams.1.layers", lambda m: m["grams"][1]["layers"].append(other)
         ),
         gradient_case("C3", "unknown-loss", "loss", lambda m: m.update(loss="hinge")),
+        gradient_case("C3", "squared-error-in-version-2", "loss", lambda m: m.update(loss="squared-error")),
+        json_case("C3", "target-of-tokens", "loss", lambda m: m.update(loss="next-token"), "ok-squared-error"),
         Bad("C4", "absent-shard", source, manifest, f"shards.{shard}", remove(shard)),
         Bad("C4", "truncated", source, shard, "", in_bytes(shard, lambda data: data[:-4])),
         Bad("C4", "offset-past-end", source, shard, DOWN_GRAM, in_header(shard, _offsets(DOWN_GRAM, [8, 32]))),

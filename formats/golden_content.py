@@ -82,6 +82,7 @@ def calibration(
     unreached: tuple[str, ...] = (),
     gradients: tuple[str, ...] = (),
     loss: Loss | None = None,
+    architecture: str = "LlamaModel",
 ) -> None:
     """`layers` maps a name to (out, in, orientation); `grams` are (layers, side); `gradients` are layers."""
     folder.mkdir(parents=True)
@@ -109,7 +110,7 @@ def calibration(
         max_shard_size=max_shard_size,
         fields={
             "made_by": MADE_BY,
-            "base": base("GPT2LMHeadModel" if any(layer[2] == "conv1d" for layer in layers.values()) else "LlamaModel"),
+            "base": base("GPT2LMHeadModel" if any(layer[2] == "conv1d" for layer in layers.values()) else architecture),
             "data": [data(seed) for seed in range(parts)],
             "layers": {
                 name: {

@@ -32,6 +32,15 @@ def make(root: Path) -> None:
     calibration(folder / "ok-gradients", both, mixed, gradients=some, loss="next-token")
     every = tuple(gpt2)
     calibration(folder / "ok-gradients-shards", gpt2, grams, max_shard_size=90, parts=2, gradients=every, loss="model")
+    to_q: Layers = {"transformer_blocks.0.attn.to_q": (6, 4, "linear")}
+    calibration(
+        folder / "ok-squared-error",
+        to_q,
+        [(list(to_q), "input")],
+        gradients=tuple(to_q),
+        loss="squared-error",
+        architecture="FluxTransformer2DModel",
+    )
     calibration_of_experts(folder / "ok-experts", gradients=False)
     calibration_of_experts(folder / "ok-experts-gradients", gradients=True)
 

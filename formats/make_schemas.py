@@ -15,6 +15,7 @@ from emloc_tools.files.manifest import (
     CalibrationV1,
     CalibrationV2,
     CalibrationV3,
+    CalibrationV4,
     EmulatorV1,
     EmulatorV2,
     EmulatorV3,
@@ -24,7 +25,7 @@ from emloc_tools.files.manifest import (
 
 # The models of the versions 1, 2, … of each format.
 MODELS: dict[str, tuple[type[Strict], ...]] = {
-    "calibration": (CalibrationV1, CalibrationV2, CalibrationV3),
+    "calibration": (CalibrationV1, CalibrationV2, CalibrationV3, CalibrationV4),
     "emulator": (EmulatorV1, EmulatorV2, EmulatorV3, EmulatorV4),
     "adapter": (AdapterV1, AdapterV2, AdapterV3),
 }

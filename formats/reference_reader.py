@@ -74,7 +74,7 @@ def read_calibration(folder: Path) -> dict[tuple[str, str], tuple[int, np.ndarra
 
     The sides are `input` or `output`, of which every layer has one, `input_gradient` and `output_gradient`.
     """
-    manifest = read_manifest(folder / "calibration.json", "calibration", 3)
+    manifest = read_manifest(folder / "calibration.json", "calibration", 4)
     tensors = read_shards(folder, manifest["shards"])
     return {
         (layer, gram["side"]): (gram["tokens"], unpack(tensors[gram["tensor"]], gram["features"]), gram.get("energy"))

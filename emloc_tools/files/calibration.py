@@ -21,6 +21,7 @@ from emloc_tools.files.manifest import (
     CalibrationV1,
     CalibrationV2,
     CalibrationV3,
+    CalibrationV4,
     GradientRecord,
     GramRecord,
     StoredGram,
@@ -29,11 +30,12 @@ from emloc_tools.files.manifest import (
 from emloc_tools.files.manifest_reader import read_manifest
 from emloc_tools.files.opening import path_inside
 from emloc_tools.files.packing import pack_lower, packed_diagonal, packed_size, unpack_lower
+from emloc_tools.files.ready_inputs import TARGET
 from emloc_tools.files.tensors import ShardedWriter, TensorFolder, TensorSpec, content_hash
 from emloc_tools.records import GradientGram, Gram, Layer, Loss, Side
 
 MANIFEST = "calibration.json"
-VERSIONS: tuple[type[CalibrationManifest], ...] = (CalibrationV1, CalibrationV2, CalibrationV3)
+VERSIONS: tuple[type[CalibrationManifest], ...] = (CalibrationV1, CalibrationV2, CalibrationV3, CalibrationV4)
 
 Kind = Literal["data", "gradient"]
 
@@ -61,13 +63,14 @@ class Calibration:
 
     @property
     def loss(self) -> Loss | None:
-        """What the gradients are of: `next-token` or `model`, as the specification defines them. None without any."""
-        return self.manifest.loss if isinstance(self.manifest, (CalibrationV2, CalibrationV3)) else None
+        """What the gradients are of, as the specification defines it. None without any."""
+        with_loss = (CalibrationV2, CalibrationV3, CalibrationV4)
+        return self.manifest.loss if isinstance(self.manifest, with_loss) else None
 
     @property
     def stacks(self) -> dict[str, CalibratedStack]:
         """The stacks of experts that have statistics of at least one expert."""
-        return self.manifest.experts if isinstance(self.manifest, CalibrationV3) else {}
+        return self.manifest.experts if isinstance(self.manifest, (CalibrationV3, CalibrationV4)) else {}
 
     @property
     def reached(self) -> list[str]:
@@ -261,8 +264,9 @@ def write_calibration(
 ) -> CalibrationManifest:
     """Write a calibration folder. `read(entry)` gives the packed Gram; `fields` are the other manifest fields.
 
-    The version is 3 if the fields name `experts`, else 2 if an entry is a gradient; then `loss` must be among the
-    fields. Without any gradient there is nothing to say about a loss: `loss`, if given, is left out.
+    The version is 4 for gradients of the squared error, 3 if the fields name `experts`, else 2 if an entry is a
+    gradient; then `loss` must be among the fields. Without any gradient there is nothing to say about a loss: `loss`,
+    if given, is left out.
     """
     entries = sorted(entries, key=lambda entry: (entry.layers, entry.kind))
     specs = {entry: TensorSpec(_tensor_name(entry), torch.float32, (packed_size(entry.features),)) for entry in entries}
@@ -278,7 +282,10 @@ def write_calibration(
     grams = [_stored(entry, spec.name, writer.hashes[spec.name]) for entry, spec in specs.items()]
     fields = {**fields, "grams": grams, "shards": shards}
     has_gradients = any(entry.kind == "gradient" for entry in entries)
-    if fields.get("experts"):
+    if has_gradients and fields.get("loss") == "squared-error":
+        version = 4
+        fields |= {"experts": fields.get("experts", {}), "target": TARGET}
+    elif fields.get("experts"):
         version = 3
         fields["loss"] = fields.get("loss") if has_gradients else None
     else:

@@ -15,7 +15,7 @@ import xxhash
 from pydantic import BaseModel, ConfigDict, Field
 
 import emloc_tools
-from emloc_tools.records import Allocation, Library, Loss, Orientation, Side
+from emloc_tools.records import Allocation, Library, Orientation, Side
 
 LARGEST = 2**53 - 1  # the largest integer that every JSON reader holds exactly
 
@@ -108,6 +108,9 @@ class GradientRecord(StoredGram):
     energy: Magnitude
 
 
+LossOfTokens = Literal["next-token", "model"]  # those that versions 2 and 3 know
+
+
 class CalibrationManifest(Strict):
     """What the versions of `calibration.json` have in common."""
 
@@ -137,7 +140,7 @@ class CalibrationV2(CalibrationManifest):
         list[Annotated[GramRecord | GradientRecord, Field(discriminator="side")]],
         Field(min_length=1),
     ]
-    loss: Loss
+    loss: LossOfTokens
 
 
 class CalibrationV3(CalibrationManifest):
@@ -149,7 +152,23 @@ class CalibrationV3(CalibrationManifest):
         list[Annotated[GramRecord | GradientRecord, Field(discriminator="side")]],
         Field(min_length=1),
     ]
-    loss: Loss | None
+    loss: LossOfTokens | None
+
+
+class CalibrationV4(CalibrationManifest):
+    """`calibration.json` with gradients of the squared error of outputs, of experts or not.
+
+    `target` names the tensor of the ready inputs that the outputs are compared with.
+    """
+
+    format_version: Literal[4] = 4
+    experts: dict[Name, CalibratedStack]
+    grams: Annotated[
+        list[Annotated[GramRecord | GradientRecord, Field(discriminator="side")]],
+        Field(min_length=1),
+    ]
+    loss: Literal["squared-error"]
+    target: Name
 
 
 class CalibrationReference(Strict):

@@ -18,6 +18,7 @@ import torch
 from emloc_tools.errors import InputError
 from emloc_tools.files.tensors import DTYPE_NAMES, ShardedWriter, TensorSpec, as_bytes
 
+TARGET = "target"  # a tensor that a loss compares the model's output with; no argument
 Place = tuple[int, TensorSpec]  # where a tensor starts in the spool; its name there is that of the argument
 
 

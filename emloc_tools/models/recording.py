@@ -15,9 +15,8 @@ import torch
 from torch import nn
 
 from emloc_tools.errors import InputError, UnsupportedError
-from emloc_tools.files.ready_inputs import InputSpool, new_inputs
+from emloc_tools.files.ready_inputs import TARGET, InputSpool, new_inputs
 
-TARGET = "target"  # the tensor that a loss compares the output with; no argument
 OF_OUTPUT = frozenset({"return_dict"})  # arguments that say in which form results come
 
 
@@ -28,6 +27,7 @@ class Recorder:
         self._spool, self._module = spool, module
         self._signature = inspect.signature(type(module).forward)
         self._per_run, self._random = per_run, random.Random(seed)
+        self._noise = torch.Generator().manual_seed(seed)
 
     @property
     def calls(self) -> int:
@@ -52,6 +52,16 @@ class Recorder:
         if TARGET in self._spool.calls[-1]:
             raise InputError("the last call has a target already")
         self._spool.add_to_last(TARGET, tensor)
+
+    def probe(self, output: Any) -> None:
+        """Give the last call the target `output` plus noise."""
+        found = output if isinstance(output, torch.Tensor) else output[0]
+        if not (isinstance(found, torch.Tensor) and found.is_floating_point()):
+            raise UnsupportedError(
+                f"{type(self._module).__name__} returns {type(output).__name__}, which begins with no tensor to compare "
+                "with; record it without probe"
+            )
+        self.target(found.detach().float().cpu() + torch.randn(found.shape, generator=self._noise))
 
     def record(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Take in a call."""
@@ -88,14 +98,22 @@ class Recorder:
 
 @contextlib.contextmanager
 def record_inputs(
-    module: nn.Module, path: str | Path, *, per_run: int | None = None, seed: int = 0, overwrite: bool = False
+    module: nn.Module,
+    path: str | Path,
+    *,
+    per_run: int | None = None,
+    probe: bool = False,
+    seed: int = 0,
+    overwrite: bool = False,
 ) -> Iterator[Recorder]:
     """Write the arguments of every call of `module` inside the block to `path`, for `calibrate --data`.
 
     Tensors are stored as they are, `<n>/<argument>` for the n-th call, one call at a time; the file appears when the
     block ends without an exception. Inside `with recorder.run():`, such as one run of a pipeline with its tens of
     timesteps, only `per_run` calls are kept, spread evenly. `recorder.target(tensor)` adds what the last output is to
-    be, from which `calibrate --gradients` has a loss.
+    be; then `calibrate --gradients` has a loss, the squared error. With `probe` that is the output itself plus noise of
+    unit variance in every entry: the gradients' second moments are then, on average, those by which small errors at a
+    layer grow or shrink on their way to the output, whatever the output should be.
 
     Raises `InputError` for an unusable `path`, or if the module was not called; `UnsupportedError` for a call with
     anything that changes the result and is no tensor. The call itself then raises it.
@@ -104,10 +122,15 @@ def record_inputs(
         raise InputError(f"per_run is {per_run}; at least one call of a run must be kept")
     with new_inputs(Path(path), overwrite=overwrite) as spool:
         recorder = Recorder(spool, module, per_run, seed)
-        handle = module.register_forward_pre_hook(
-            lambda module, args, kwargs: recorder.record(args, kwargs), with_kwargs=True
-        )
+        handles: list[Any] = [
+            module.register_forward_pre_hook(
+                lambda module, args, kwargs: recorder.record(args, kwargs), with_kwargs=True
+            )
+        ]
+        if probe:
+            handles.append(module.register_forward_hook(lambda module, args, output: recorder.probe(output)))
         try:
             yield recorder
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()

@@ -11,6 +11,7 @@ from torch import nn
 
 from emloc_tools.errors import InputError, NumericalError, UnsupportedError
 from emloc_tools.files.calibration import GramSpool
+from emloc_tools.files.ready_inputs import TARGET
 from emloc_tools.linalg.cross_entropy import IGNORED, summed_cross_entropy
 from emloc_tools.linalg.gram import accumulate
 from emloc_tools.models.backward import BackwardLockStep
@@ -83,18 +84,26 @@ def loss_of(batches: Sequence[Batch], architecture: str) -> Loss:
                 "gradients need a loss: no sample holds a token to predict; are completions beyond --max-length?"
             )
         return "next-token"
+    if all(TARGET in batch.inputs for batch in batches):
+        return "squared-error"
     if not all("labels" in batch.inputs for batch in batches):
-        raise InputError("gradients need a loss: the ready model inputs hold no labels (<n>/labels) in every batch")
+        raise InputError(
+            "gradients need a loss: the ready model inputs hold neither labels (<n>/labels) nor what the output is to "
+            f"be (<n>/{TARGET}) in every batch"
+        )
     return "model"
 
 
 def batch_loss(batch: Batch, output: Any, model: nn.Module) -> torch.Tensor:
     """The loss of a batch: cross-entropy in nats summed over target tokens, or what the model itself returns.
 
-    For texts with labels it is summed over the samples, so that it does not depend on the batches.
+    For texts with labels it is summed over the samples, so that it does not depend on the batches. For ready inputs
+    with a target it is the squared error of the model's first output, summed over all entries, in float32.
     """
     if batch.labels is not None:
         return summed_cross_entropy(output.logits, batch.labels.to(output.logits.device))
+    if TARGET in batch.inputs:
+        return _squared_error(output[0], batch.inputs[TARGET], model)
     if batch.targets is None:
         loss = output.get("loss") if isinstance(output, dict) else output[0]
         if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
@@ -108,3 +117,16 @@ def batch_loss(batch: Batch, output: Any, model: nn.Module) -> torch.Tensor:
     labels = torch.full_like(batch.targets, IGNORED, dtype=torch.int64)
     labels[:, :-1] = batch.inputs["input_ids"][:, 1:].masked_fill(~batch.targets[:, 1:], IGNORED)
     return summed_cross_entropy(output.logits, labels.to(output.logits.device))
+
+
+def _squared_error(found: Any, target: torch.Tensor, model: nn.Module) -> torch.Tensor:
+    if not isinstance(found, torch.Tensor) or found.shape != target.shape:
+        shape = list(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__
+        raise InputError(
+            f"{type(model).__name__} gives {shape} and the {TARGET} of the ready inputs is {list(target.shape)}; they "
+            "are compared entry by entry"
+        )
+    loss = (found.float() - target.to(found.device).float()).square().sum()
+    if not torch.isfinite(loss):
+        raise NumericalError(f"the squared error of {type(model).__name__} is not finite; try --dtype float32")
+    return loss

@@ -59,7 +59,8 @@ def record_inputs(
     """Run the pipeline `base` once for every prompt, and write `keep` calls of each run's denoiser to `output`.
 
     `prompts` holds one per line, or JSONL with `prompt`. The kept calls are spread evenly over a run, so over its
-    timesteps; which of them, and the noise, follow from `seed`. `steps` and `arguments` go to the pipeline. This is the
+    timesteps; which of them, and the noise, follow from `seed`. Each has a target by which `calibrate --gradients` can
+    weigh errors by what they do to the prediction; see `models.recording`. `steps` and `arguments` go to the pipeline. This is the
     one stage that needs the whole model in memory, in `dtype` (that of the stored weights by default); `offload` keeps
     the parts that do not run on the CPU: whole models, or their layers (`sequential`).
 
@@ -90,7 +91,7 @@ def record_inputs(
     options = _options(pipeline, steps, arguments or {})
     _place(pipeline, device, offload)
     with new_folder(output, overwrite=overwrite) as written:
-        with recording(module, written / FILE, per_run=keep, seed=seed) as recorder:
+        with recording(module, written / FILE, per_run=keep, probe=True, seed=seed) as recorder:
             for number, prompt in enumerate(texts):
                 generator = torch.Generator().manual_seed(seed + number)
                 with recorder.run():

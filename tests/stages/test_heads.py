@@ -170,6 +170,7 @@ def test_the_emulator_loads_as_a_classifier_by_its_own_code(task: Task) -> None:
         (FROZEN, []),
         ({"task_type": None}, ["score.lora_A.default.weight", "score.lora_B.default.weight"]),
         ({"task_type": "SEQ_CLS"}, ["score.modules_to_save.default.weight"]),
+        ({"task_type": "SEQ_CLS", "exclude_modules": ["score"]}, ["score.modules_to_save.default.weight"]),
     ],
 )
 def test_what_peft_trains_of_the_head_is_what_the_page_says(
@@ -179,6 +180,20 @@ def test_what_peft_trains_of_the_head_is_what_the_page_says(
     model = peft.get_peft_model(load_emulator(task.emulator), config)
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad and "score" in name]
     assert [name.removeprefix("base_model.model.") for name in names] == trained
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_what_fit_head_lists_is_what_has_to_be_excluded(family: str, tmp_path: Path) -> None:
+    classifiers.save_base(tmp_path / "base", family)
+    data = classifiers.save_labelled(tmp_path / "data.jsonl", 6)
+    fitted = fit_head(base=str(tmp_path / "base"), data=data, output=tmp_path / "out", weight_decay=1, device="cpu")
+    excluded = sorted({name.rpartition(".")[0] for name in fitted.head})
+    for options, frozen in (({"exclude_modules": excluded}, True), ({}, False)):
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+        lora = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules="all-linear", **options))
+        trained = [name for name, parameter in lora.named_parameters() if parameter.requires_grad]
+        assert trained
+        assert any(module in name for name in trained for module in excluded) is not frozen
 
 
 def test_a_frozen_head_stays_that_of_the_base_and_is_not_warned_of(task: Task, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from emloc_tools.files.emulator import MANIFEST as EMULATOR
 from emloc_tools.files.emulator import Emulator
 from emloc_tools.files.json_files import read_json
 from emloc_tools.files.manifest import AdapterV2, BaseRecord, GradientRecord
+from emloc_tools.files.headed import NOTE as HEADED
 from emloc_tools.files.merged import NOTE as MERGED
 
 
@@ -47,6 +48,7 @@ def inspect(path: Path) -> Inspection:
         CONFIG: _adapter,
         DIFFUSERS_LORA: _adapter,
         MERGED: _merged,
+        HEADED: _headed,
     }
     for marker, reader in readers.items():
         if (path / marker).is_file():
@@ -204,6 +206,28 @@ def _merged(path: Path) -> Inspection:
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path / MERGED} is not what merge writes: {error}") from error
     return Inspection("merged model", path, facts)
+
+
+def _headed(path: Path) -> Inspection:
+    """What `emloc-head.json` says, which is provenance and no format, and the labels of config.json."""
+    note, config = read_json(path / HEADED, "head note"), read_json(path / "config.json", "model config")
+    try:
+        after = note["after"] or note["fitted"]
+        facts = {
+            **_base(BaseRecord.model_validate(note["base"])),
+            "classifier": config["architectures"][0],
+            "labels": list(config["label2id"]),
+            "head": note["head"],
+            "weight_decay": note["weight_decay"],
+            "fitted_samples": note["fitted"]["samples"],
+            "held_out_samples": note["after"]["samples"] if note["after"] else 0,
+            "loss": after["loss"],
+            "accuracy": after["accuracy"],
+            "made_by": note["made_by"]["command"],
+        }
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise InputError(f"{path / HEADED} is not what fit-head writes: {error}") from error
+    return Inspection("base with a head", path, facts)
 
 
 def _base(record: BaseRecord) -> dict[str, Any]:

@@ -58,8 +58,8 @@ class Recorder:
         found = output if isinstance(output, torch.Tensor) else output[0]
         if not (isinstance(found, torch.Tensor) and found.is_floating_point()):
             raise UnsupportedError(
-                f"{type(self._module).__name__} returns {type(output).__name__}, which begins with no tensor to compare "
-                "with; record it without probe"
+                f"{type(self._module).__name__} returns {type(output).__name__}, which begins with no tensor to "
+                "compare with; record it without probe"
             )
         self.target(found.detach().float().cpu() + torch.randn(found.shape, generator=self._noise))
 

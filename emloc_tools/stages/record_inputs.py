@@ -60,9 +60,9 @@ def record_inputs(
 
     `prompts` holds one per line, or JSONL with `prompt`. The kept calls are spread evenly over a run, so over its
     timesteps; which of them, and the noise, follow from `seed`. Each has a target by which `calibrate --gradients` can
-    weigh errors by what they do to the prediction; see `models.recording`. `steps` and `arguments` go to the pipeline. This is the
-    one stage that needs the whole model in memory, in `dtype` (that of the stored weights by default); `offload` keeps
-    the parts that do not run on the CPU: whole models, or their layers (`sequential`).
+    weigh errors by what they do to the prediction; see `models.recording`. `steps` and `arguments` go to the pipeline.
+    This is the one stage that needs the whole model in memory, in `dtype` (that of the stored weights by default);
+    `offload` keeps the parts that do not run on the CPU: whole models, or their layers (`sequential`).
 
     Raises `InputError` for unusable paths, prompts, options or arguments, `UnsupportedError` without diffusers.
     """

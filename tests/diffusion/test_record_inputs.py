@@ -48,6 +48,7 @@ def test_the_calls_are_those_of_the_pipeline_at_spread_timesteps(flux: Case, pro
         generator = torch.Generator().manual_seed(4 + number)
         pipeline(prompt, num_inference_steps=STEPS, guidance_scale=2.5, generator=generator, **pico_flux.SIZE)
     assert len(seen) == 2 * STEPS
+    targets = [call.pop("target") for call in found]
     for place, call in enumerate(found):
         run, stretch = divmod(place, KEEP)
         width = STEPS // KEEP
@@ -56,6 +57,9 @@ def test_the_calls_are_those_of_the_pipeline_at_spread_timesteps(flux: Case, pro
     assert set(found[0]) == {name for name, value in seen[0].items() if isinstance(value, torch.Tensor)}
     assert len({float(call["timestep"]) for call in found[:KEEP]}) == KEEP
     assert all(float(call["guidance"]) == 2.5 for call in found)
+    noise = torch.stack(targets) - torch.stack([flux.model(**call).sample.detach() for call in found])
+    assert abs(float(noise.square().mean()) - 1) < 4 * (2 / noise.numel()) ** 0.5  # four standard errors of a variance
+    assert float(torch.stack(targets).var()) > 1.2  # control: the targets are not the noise alone
 
 
 def test_what_is_recorded_calibrates(flux: Case, prompts: Path, tmp_path: Path) -> None:

@@ -116,6 +116,23 @@ def test_a_target_belongs_to_the_last_call(tmp_path: Path) -> None:
     assert recorded(path, "target") == [10, 20]
 
 
+def test_a_probe_is_the_output_and_noise_that_the_seed_decides(tmp_path: Path) -> None:
+    module, x = Probe(), 3 * torch.randn(2, 500)
+    found = []
+    for name, seed in (("first", 1), ("again", 1), ("other", 2)):
+        path = tmp_path / f"{name}.safetensors"
+        with record_inputs(module, path, probe=True, seed=seed):
+            module(x)
+            module(x.bfloat16())
+        found.append([load_file(path)[f"{number}/target"] for number in range(2)])
+    noise = found[0][0] - 2 * x
+    assert abs(float(noise.square().mean()) - 1) < 4 * (2 / noise.numel()) ** 0.5  # four standard errors of a variance
+    assert {target.dtype for target in found[0]} == {torch.float32}
+    assert all(map(torch.equal, found[0], found[1]))
+    assert not torch.equal(found[0][0], found[2][0])
+    assert not torch.allclose(found[0][0], found[0][1], atol=0.1)  # every call has noise of its own
+
+
 Call = Callable[[Probe], object]
 
 

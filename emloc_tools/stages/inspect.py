@@ -15,6 +15,7 @@ from emloc_tools.files.diffusers_lora import WEIGHTS as DIFFUSERS_LORA
 from emloc_tools.files.diffusers_lora import open_adapter
 from emloc_tools.files.emulator import MANIFEST as EMULATOR
 from emloc_tools.files.emulator import Emulator
+from emloc_tools.files.headed import NOTE as HEADED
 from emloc_tools.files.json_files import read_json
 from emloc_tools.files.manifest import AdapterV2, BaseRecord, GradientRecord
 from emloc_tools.files.headed import NOTE as HEADED
@@ -23,7 +24,7 @@ from emloc_tools.files.merged import NOTE as MERGED
 
 @dataclass(frozen=True)
 class Inspection:
-    """A folder's kind (`calibration`, `emulator`, `adapter`), its facts, and a row of values per layer.
+    """A folder's kind (`calibration`, `emulator`, `adapter`, …), its facts, and a row of values per layer.
 
     `correction` in the row of a corrected LoRA pair is ‖D‖ / ‖s B'‖, the size of the correction relative to the update.
     `sensitivity` in the row of a weighted layer is what its weighted error is worth to the loss, compared with others.

@@ -14,6 +14,7 @@ import transformers
 
 from emloc_tools.errors import InputError
 from emloc_tools.stages.fit_head import FittedHead, fit_head
+from emloc_tools.stages.inspect import inspect
 from tests import pico
 from tests.stages import classifiers
 from tests.stages.classifiers import classifier, labelled, last_rows, logits_of
@@ -156,3 +157,27 @@ def test_the_note_says_what_the_head_was_made_from(tmp_path: Path, data: Path) -
     assert note["data"]["samples"] == 9
     assert result.after is not None
     assert note["after"]["accuracy"] == result.after.accuracy
+
+
+def test_inspect_shows_the_labels_the_head_and_what_it_is_worth(tmp_path: Path, data: Path) -> None:
+    pico.save_model(tmp_path / "base", "gpt2")
+    result = fit(tmp_path / "base", data, tmp_path / "out", held_out=0.4, command="emloc-tools fit-head …")
+    assert result.after is not None
+    found = inspect(tmp_path / "out")
+    assert found.kind == "base with a head"
+    assert found.facts == {
+        "base": str(tmp_path / "base"),
+        "architecture": "GPT2LMHeadModel",
+        "classifier": "GPT2ForSequenceClassification",
+        "labels": ["ham", "neither", "spam"],
+        "head": ["score.weight"],
+        "weight_decay": 0.1,
+        "fitted_samples": 6,
+        "held_out_samples": 3,
+        "loss": result.after.loss,
+        "accuracy": result.after.accuracy,
+        "made_by": "emloc-tools fit-head …",
+    }
+    (tmp_path / "out" / "emloc-head.json").write_text("{}")
+    with pytest.raises(InputError, match=r"emloc-head\.json is not what fit-head writes"):
+        inspect(tmp_path / "out")

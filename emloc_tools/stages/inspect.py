@@ -18,7 +18,6 @@ from emloc_tools.files.emulator import Emulator
 from emloc_tools.files.headed import NOTE as HEADED
 from emloc_tools.files.json_files import read_json
 from emloc_tools.files.manifest import AdapterV2, BaseRecord, GradientRecord
-from emloc_tools.files.headed import NOTE as HEADED
 from emloc_tools.files.merged import NOTE as MERGED
 
 

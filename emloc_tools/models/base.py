@@ -12,6 +12,7 @@ from torch import nn
 
 from emloc_tools.errors import InputError
 from emloc_tools.files.tensors import TensorFolder
+from emloc_tools.models.dequantise import DequantisedFolder, open_dequantised
 from emloc_tools.models.diffusion import DiffusersConfig, stored_dtype
 from emloc_tools.models.skeleton import build_skeleton, compute_dtype, load_config, model_class
 from emloc_tools.models.source import Source, first_line, open_source, open_tensors
@@ -34,6 +35,11 @@ class BaseModel:
         """The library that the model's class belongs to."""
         return "diffusers" if isinstance(self.config, DiffusersConfig) else "transformers"
 
+    @property
+    def dequantised(self) -> bool:
+        """Whether the checkpoint is quantised, and read as full precision: then so is what is made of it."""
+        return isinstance(self.tensors, DequantisedFolder)
+
     def weights(self, layers: Collection[Layer] = ()) -> ModelWeights:
         """The checkpoint by model names; hashes of the given layers' weights are collected as they are read."""
         return ModelWeights(self.model, self.tensors, hashed=[weight_name(layer) for layer in layers])
@@ -54,8 +60,11 @@ def open_base(
         config = replace(config, dtype=stored_dtype(tensors))
         model = build_skeleton(cls, config, dtype=compute_dtype(config, dtype))
         return BaseModel(source, config, cls.__name__, model, tensors)
+    # Read as full precision, the model is built as that. What it is read in does not depend on what it computes in.
+    quantisation = vars(config).pop("quantization_config", None)
     model = build_skeleton(cls, config, dtype=compute_dtype(config, dtype))
-    return BaseModel(source, config, cls.__name__, model, open_tensors(source))
+    tensors = open_dequantised(open_tensors(source), quantisation, compute_dtype(config))
+    return BaseModel(source, config, cls.__name__, model, tensors)
 
 
 def weight_name(layer: Layer) -> str:

@@ -15,6 +15,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from emloc_tools.errors import InputError, UnsupportedError
 from emloc_tools.models import diffusion
+from emloc_tools.models.dequantise import require_readable
 from emloc_tools.models.source import Source, first_line
 
 
@@ -30,8 +31,7 @@ def load_config(source: Source, *, trust_remote_code: bool = False) -> Any:
         config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
         raise InputError(f"{source.id}: its config.json cannot be used: {reason(error)}") from error
-    if getattr(config, "quantization_config", None):
-        raise UnsupportedError(f"{source.id} is quantised; use the model's full-precision (bf16, fp16, fp32) release")
+    require_readable(getattr(config, "quantization_config", None), source.id)
     return config
 
 

@@ -214,10 +214,13 @@ def _factor_dtype(weight: TensorSpec, dtype: str) -> torch.dtype:
 def _config(opened: BaseModel, dtype: str) -> dict[str, object]:
     """The base's config.json as it is, but for a dtype that the user chose, and names that transformers 4 reads.
 
+    What was FP8 in the base is not in the emulator.
     transformers 5 saves rotary settings under `rope_parameters`. Version 4 does not know that name, and would take
     its defaults without a word.
     """
     config = read_json(opened.source.folder / "config.json", "base config")
+    if opened.dequantised:
+        del config["quantization_config"]
     if dtype != "auto" and opened.library == "transformers":  # diffusers takes it from whoever loads the model
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
     rope = config.get("rope_parameters")

@@ -136,7 +136,7 @@ def merge(
             "replaced": result.replaced,
             "checked": result.checked,
         }
-        writer.finish(config=_config(opened.source, dtype), note=note, what=_what(interpolate), changed=len(changes))
+        writer.finish(config=_config(opened, dtype), note=note, what=_what(interpolate), changed=len(changes))
     return result
 
 
@@ -235,11 +235,14 @@ def _copy_files(source: Source, folder: Path, *, code: bool) -> None:
         shutil.copyfile(path, folder / path.name)
 
 
-def _config(source: Source, dtype: str) -> str:
-    """The base's config.json to the letter, but for a dtype that the user chose."""
-    path = source.folder / "config.json"
-    if dtype == "auto":
+def _config(opened: BaseModel, dtype: str) -> str:
+    """The base's config.json to the letter, but for a dtype that the user chose, and FP8 that is none any more."""
+    path = opened.source.folder / "config.json"
+    if dtype == "auto" and not opened.dequantised:
         return path.read_text(encoding="utf-8")
     config = read_json(path, "base config")
-    config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
+    if opened.dequantised:
+        del config["quantization_config"]
+    if dtype != "auto":
+        config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
     return json.dumps(config, indent=2, ensure_ascii=False) + "\n"

@@ -84,14 +84,6 @@ def test_code_of_a_tokenizer_never_runs_without_trust(own_code: tuple[Path, Path
     assert marker.exists()
 
 
-@pytest.mark.parametrize("method", ["bitsandbytes", "gptq", "fp8", "unknown"])
-def test_quantised_checkpoints_are_refused(method: str, tmp_path: Path) -> None:
-    pico.save_model(tmp_path)
-    edit_json(tmp_path / "config.json", quantization_config={"quant_method": method, "bits": 4})
-    with pytest.raises(UnsupportedError, match="is quantised; use the model's full-precision"):
-        open_base(str(tmp_path))
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from emloc_tools.errors import InputError, UnsupportedError
+from emloc_tools.errors import InputError
 
 SHOWN = 8  # labels in a message
 
@@ -21,23 +21,21 @@ def classifies_sequences(architecture: str) -> bool:
 def labels_of(config: Any) -> dict[str, int] | None:
     """The labels that the configuration of a sequence classifier names, with their ids; None for other models.
 
-    An emulator's configuration counts as that of the model it stands for. Raises `UnsupportedError` for a classifier
-    that gives numbers, or several labels, to a text: there is no accuracy of those.
+    An emulator's configuration counts as that of the model it stands for. Empty for a classifier that gives a number,
+    or several labels, to a text: no one label is right there.
     """
     name = (getattr(config, "architectures", None) or [""])[0].removeprefix("Emloc")
     if not classifies_sequences(name):
         return None
     if config.num_labels == 1 or config.problem_type in ("regression", "multi_label_classification"):
-        kind = config.problem_type or "regression"
-        raise UnsupportedError(
-            f"config.json says {kind} with {config.num_labels} outputs; records with one label each fit "
-            "single_label_classification with two or more"
-        )
+        return {}
     return {str(label): int(number) for label, number in config.label2id.items()}
 
 
 def label_id(label: object, known: Mapping[str, int]) -> int:
     """The id of a record's label: by its name, or a whole number that is an id itself. Raises ValueError for others."""
+    if not known:
+        raise ValueError("has a `label`, but by its config.json the model gives a number, or several labels, to a text")
     if _is_label(label):
         if str(label) in known:
             return known[str(label)]

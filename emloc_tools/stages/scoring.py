@@ -177,10 +177,11 @@ def _score(batch: Batch, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
 def _score_labels(labels: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The same of one label per sample; -100 is none."""
     rows = logits.detach().float().cpu()
-    if rows.dim() != 2 or len(rows) != len(labels) or int(labels.max()) >= rows.shape[1]:
+    fits = rows.dim() == 2 and len(rows) == len(labels) and rows.shape[1] > 1 and not labels.is_floating_point()
+    if not fits or int(labels.max()) >= rows.shape[1]:
         raise InputError(
-            f"the labels {labels.tolist()[:8]} do not fit the model's output of shape {list(logits.shape)}, (samples, "
-            "labels); a model that predicts tokens needs labels for each token"
+            f"the labels {labels.tolist()[:8]} do not fit the model's output of shape {list(logits.shape)}; expected "
+            "one whole number for each sample of a model that gives two labels or more, one for each token of others"
         )
     losses = F.cross_entropy(rows, labels.long(), reduction="none").double()
     return losses, (rows.argmax(-1) == labels).long()

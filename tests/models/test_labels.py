@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from emloc_tools.errors import InputError, UnsupportedError
+from emloc_tools.errors import InputError
 from emloc_tools.models.data import Batch, load_batches, read_labels
 from emloc_tools.models.labels import numbered
 from emloc_tools.models.source import open_source
@@ -104,10 +104,13 @@ def test_padding_is_what_the_model_takes_for_padding(tmp_path: Path) -> None:
     "fields",
     [{"problem_type": "multi_label_classification"}, {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}],
 )
-def test_models_that_do_not_give_one_label_are_refused(tmp_path: Path, fields: dict[str, Any]) -> None:
+def test_models_that_do_not_give_one_label_take_texts_alone(tmp_path: Path, fields: dict[str, Any]) -> None:
     folder = base(tmp_path / "base", **fields)
-    with pytest.raises(UnsupportedError, match=r"config\.json says (multi_label_classification|regression) with"):
+    message = r"data\.jsonl:1: has a `label`, but by its config\.json the model gives a number, or several labels"
+    with pytest.raises(InputError, match=message):
         load(folder, [{"text": "a", "label": 0}])
+    (batch,) = load(folder, [{"text": "a"}])
+    assert batch.labels is None
 
 
 def test_other_models_take_a_label_for_any_other_field(tmp_path: Path) -> None:

@@ -249,3 +249,29 @@ def test_correct_measures_and_chooses_by_labels(task: Task, tmp_path: Path) -> N
     chosen = correct_for(task, lora, tmp_path / "chosen", select=True, **options)
     assert chosen.heldout is not None
     assert chosen.heldout.chosen is not None
+
+
+@pytest.mark.parametrize(
+    ("labels", "fits"),
+    [
+        (torch.tensor([2, 0]), True),
+        (torch.tensor([3, 0]), False),
+        (torch.tensor([1.0, 0.0]), False),
+        (torch.tensor([1]), False),
+        (torch.tensor([[1, 0, 2], [1, 2, 0]]), False),
+    ],
+)
+def test_ready_inputs_need_one_label_for_each_sample(
+    task: Task, tmp_path: Path, labels: torch.Tensor, fits: bool
+) -> None:
+    ids = torch.tensor([[5, 6, 7], [8, 9, 10]])
+    save_file({"0/input_ids": ids, "0/labels": labels}, tmp_path / "in.safetensors")
+    if not fits:
+        with pytest.raises(InputError, match=r"do not fit the model's output|this model predicts no tokens"):
+            evaluate(base=str(task.headed), data=tmp_path / "in.safetensors", device="cpu")
+        return
+    (result,) = evaluate(base=str(task.headed), data=tmp_path / "in.safetensors", device="cpu")
+    with torch.no_grad():
+        logits = logits_of(headed_model(task), ids.tolist())
+    assert result.loss == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
+    assert result.tokens == 2

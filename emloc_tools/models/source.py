@@ -14,7 +14,7 @@ from emloc_tools.models.diffusion import PIPELINE, denoiser_of
 from emloc_tools.records import Library
 
 COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*")
-HUB_ID = re.compile(r"[\w.\-]+(/[\w.\-]+){0,2}")  # the third part is a sub-folder, as of a pipeline
+HUB_ID = re.compile(r"\w[\w.\-]*(/\w[\w.\-]*){0,2}")  # the third part is a sub-folder, as of a pipeline
 
 
 @dataclass(frozen=True)

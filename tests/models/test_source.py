@@ -225,7 +225,7 @@ def test_a_file_is_refused_as_a_base(states: dict[str, Path]) -> None:
         open_source(str(states["v2"] / "config.json"))
 
 
-@pytest.mark.parametrize("base", ["./absent/folder", "/absent", "a/b/c", "no such thing"])
+@pytest.mark.parametrize("base", ["./absent/folder", "/absent", "a/b/c/d", "no such thing", "../a/b"])
 def test_what_can_be_no_id_is_not_asked_for(base: str) -> None:
     with pytest.raises(InputError, match="does not exist; --base takes"):
         open_source(base)

@@ -6,7 +6,7 @@ them are tokens of the sample, and none is a target of a loss.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, ItemsView, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,7 @@ class ImageInputs(Mapping[str, torch.Tensor]):
     def __len__(self) -> int:
         return 1 + len(self._others)
 
-    def items(self) -> Any:
+    def items(self) -> ItemsView[str, torch.Tensor]:
         """All inputs, made at once."""
         return self._make().items()
 
@@ -76,6 +76,11 @@ class ImageReader:
         written, images = take_images(record)
         texts = texts_of(written, self._processor)
         found = self._process([texts.whole], [images], texts.special)
+        if "labels" in found:
+            raise ValueError(
+                f"{type(self._processor).__name__} tells questions from answers by itself, not by a conversation; a "
+                ".safetensors file as --data can give model inputs that are ready"
+            )
         ids = found["input_ids"][0].tolist()
         start = 0
         if texts.prompt:

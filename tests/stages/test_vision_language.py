@@ -30,7 +30,8 @@ from emloc_tools.stages.evaluate import evaluate
 from tests import pico, pico_vision
 from tests.pico_vision import answer, question
 from tests.stages.loss_reference import data_part, gradient_moments, read_gradients, unpacked
-from tests.stages.reference import close_to, read_json, weight_of
+from tests.stages.reference import close_to, read_json
+from tests.vision_reference import moments
 
 # The page trains a pretrained model, gently. These have random weights, and few steps.
 FASTER = {"learning_rate=2e-4": "learning_rate=2e-2", "num_train_epochs=1": "max_steps=16"}
@@ -139,28 +140,6 @@ def go_through(page: Path) -> dict[str, Any]:
             result = CliRunner().invoke(main, shlex.split(line)[1:], catch_exceptions=False)
             assert result.exit_code == 0, result.output
     return names
-
-
-def moments(model: Any, calls: list[dict[str, torch.Tensor]], layers: list[str]) -> dict[str, Any]:
-    """`XᵀX`, `YᵀY` (float64) and the rows of each layer over all calls of a float64 copy of the model."""
-    model = copy.deepcopy(model).double()
-    found: dict[str, Any] = {}
-
-    def hook(name: str) -> Any:
-        def see(module: nn.Module, args: Any, output: torch.Tensor) -> None:
-            X = args[0].reshape(-1, args[0].shape[-1])
-            Y = X @ weight_of(module).T
-            inputs, outputs, rows = found.get(name, (0, 0, 0))
-            found[name] = (inputs + X.T @ X, outputs + Y.T @ Y, rows + len(X))
-
-        return see
-
-    for name in layers:
-        model.get_submodule(name).register_forward_hook(hook(name))
-    with torch.no_grad():
-        for call in calls:
-            model(**call)
-    return found
 
 
 def summed_loss(model: Any, call: dict[str, torch.Tensor], wanted: torch.Tensor) -> tuple[torch.Tensor, int]:

@@ -54,6 +54,7 @@ from emloc_tools.models.forwards import OtherForward, hook_ids, without_hooks
 from emloc_tools.models.gradients import Gradient, tapped
 from emloc_tools.models.graph import Saved
 from emloc_tools.models.memory import give_heap_back
+from emloc_tools.models.placeholders import loaded
 from emloc_tools.models.repeat import carries_gradient
 from emloc_tools.models.spill import Spill
 from emloc_tools.models.stream import MAX_UNIT_BYTES, LockStep, Task
@@ -194,6 +195,7 @@ class BackwardLockStep(LockStep):
     ) -> Any:
         if self._spill is None:
             return run(*args, **kwargs)
+        args, kwargs = loaded((args, kwargs))  # a placeholder cannot be kept for the second run
         leaves = tree_leaves((args, kwargs))
         needs = any(leaf.requires_grad for leaf in leaves if isinstance(leaf, torch.Tensor)) or carries_gradient(leaves)
         if not torch.is_grad_enabled() or not (has_layers or needs):
@@ -274,6 +276,7 @@ class BackwardLockStep(LockStep):
     def _forget_shared(self) -> None:
         """Drop tensors of several units that no visit needs any more, such as the embeddings below a tied head."""
         needed = {name for visit in self._visits if visit.calls for name in self._sources(visit.unit.slots)}
+        needed |= self._used_directly
         self._kept = {name: tensor for name, tensor in self._kept.items() if name in needed}
 
     def _load(self, unit: Unit) -> None:

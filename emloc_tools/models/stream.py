@@ -79,10 +79,12 @@ class LockStep:
         self._kept: dict[str, torch.Tensor] = {}
         self.units, self._resident = partition(model, weights, max_unit_bytes)
         self._shared = self._sources_of_several_units()
+        self._used_directly: set[str] = set()
         _move_buffers(model, self.device)
         self._fill(self._resident, self.weights.load(self._sources(self._resident)))
         self._handles = [handle for unit in self.units for handle in self._hooks(unit)]
-        self._handles.append(Placeholders((slot for unit in self.units for slot in unit.slots), self.device))
+        slots = (slot for unit in self.units for slot in unit.slots)
+        self._handles.append(Placeholders(slots, self.device, self._weight))
 
     @property
     def current(self) -> int:
@@ -211,6 +213,21 @@ class LockStep:
         unit.loaded = True  # should filling fail half way, freeing puts everything back
         filled = self._fill(unit.slots, {**self._kept, **data})
         self._kept.update({name: tensor for name, tensor in filled.items() if name in self._shared})
+
+    def _weight(self, slot: Slot) -> torch.Tensor | None:
+        """A weight that the model uses without calling the module that owns it, once it runs.
+
+        It stays loaded as a shared one does: there is no telling when it will be used again.
+        """
+        if self._task is None:
+            return None
+        source = self.weights.source_of[slot[3]]
+        if source not in self._kept:
+            self._shared.add(source)
+            self._used_directly.add(source)
+            stored = self.weights.load([source])[source]
+            self._kept[source] = stored.to(device=self.device, dtype=value(slot).dtype)
+        return self._kept[source]
 
     def _free(self, unit: Unit) -> None:
         for slot, placeholder in zip(unit.slots, unit.placeholders, strict=True):

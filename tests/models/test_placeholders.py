@@ -1,4 +1,4 @@
-"""A weight that is not loaded can be looked at, but the model cannot compute with it."""
+"""A weight that is not loaded can be looked at; a model that computes with it gets it, and nobody else does."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from emloc_tools.errors import UnsupportedError
 from emloc_tools.models.placeholders import Placeholder, Placeholders
-from tests.models.streamed import stream_module
+from tests.models.streamed import checkpoint_bytes, stream_module
 
 
 def placeholder() -> torch.Tensor:
@@ -65,14 +65,21 @@ class Borrows(nn.Module):
         return F.linear(x, self.blocks[1].weight) if borrow else self.blocks[1](x)  # type: ignore[no-any-return, arg-type]
 
 
-def test_a_streamed_model_that_does_not_call_the_owner_of_a_weight_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("borrow", [False, True])
+def test_a_weight_whose_owner_is_not_called_is_loaded_for_the_model_alone(borrow: bool, tmp_path: Path) -> None:
     reference, stream = stream_module(Borrows, tmp_path)
-    results: list[torch.Tensor] = []
-    stream.run([lambda: stream.model(X, False)], lambda index, result: results.append(result))
-    assert torch.equal(results[0], reference(X, False))
-    with pytest.raises(UnsupportedError, match=r"a weight of shape \[8, 8\] that is not loaded"):
-        stream.run([lambda: stream.model(X, True)])
+    expected = [reference(x, borrow) for x in (X, 2 * X)]
+    if borrow:
+        assert not torch.equal(expected[0], reference(X, False))  # as the bias is left out
+    for _ in range(2):
+        results: dict[int, torch.Tensor] = {}
+        stream.run([lambda x=x: stream.model(x, borrow) for x in (X, 2 * X)], results.__setitem__)  # type: ignore[misc]
+        assert all(torch.equal(results[index], y) for index, y in enumerate(expected))
+    once = checkpoint_bytes(tmp_path) - (reference.blocks[1].bias.nbytes if borrow else 0)  # type: ignore[union-attr, index, operator]
+    assert stream.weights.tensors.bytes_read == 2 * once
     assert all(isinstance(parameter, Placeholder) for parameter in stream.model.parameters())
+    with pytest.raises(UnsupportedError, match=r"a weight of shape \[8, 8\] that is not loaded"):
+        F.linear(X, stream.model.blocks[1].weight)  # type: ignore[union-attr, index, arg-type]
     stream.close()
     assert not any(isinstance(parameter, Placeholder) for parameter in stream.model.parameters())
 

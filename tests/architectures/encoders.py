@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,9 +13,17 @@ from tests.architectures.family import VOCABULARY, Draw, Family, Inputs, configu
 TEXT, SOUND = "text", "sound"
 
 
-def encoder(name: str, prefix: str, **changes: Any) -> Family:
+def encoder(
+    name: str, prefix: str, inputs: Callable[[Draw], list[Inputs]] = texts, notes: str = "", **changes: Any
+) -> Family:
     """A family `<prefix>ForMaskedLM` with `<prefix>Config`."""
-    return Family(name, f"{prefix}ForMaskedLM", TEXT, configured(f"{prefix}Config", **changes), texts)
+    return Family(name, f"{prefix}ForMaskedLM", TEXT, configured(f"{prefix}Config", **changes), inputs, notes=notes)
+
+
+def single_texts(draw: Draw) -> list[Inputs]:
+    """Batches of one text each: DeBERTa's layers read its table of positions once per batch."""
+    batches = [{"input_ids": ids, "labels": ids.clone()} for ids in (draw.ids(1, 31), draw.ids(1, 19), draw.ids(1, 24))]
+    return [*batches[:2], padded(batches[2], 0, slice(-5, None))]
 
 
 def sequences(draw: Draw) -> list[Inputs]:
@@ -37,12 +46,23 @@ HALVES: dict[str, Any] = {
     **{"encoder_attention_heads": 4, "decoder_attention_heads": 4, "decoder_start_token_id": 1},
 }
 
+WAV2VEC2: dict[str, Any] = {
+    **{"conv_dim": [16, 16], "conv_stride": [5, 2], "conv_kernel": [10, 3], "num_feat_extract_layers": 2},
+    **{"num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 4, "feat_extract_norm": "layer"},
+}
+
+
+def waves(draw: Draw) -> list[Inputs]:
+    """Sounds as they are, and what is said."""
+    return [{"input_values": draw.values(2, 400), "labels": draw.ids(2, length)} for length in (5, 7)]
+
+
 FAMILIES = (
     encoder("BERT", "Bert"),
     encoder("RoBERTa", "Roberta"),
     encoder("DistilBERT", "DistilBert", dim=32, hidden_dim=48, n_layers=2, n_heads=4),
     encoder("ALBERT", "Albert", embedding_size=16, num_hidden_layers=3),
-    encoder("DeBERTa-v2", "DebertaV2", relative_attention=True, pos_att_type=["p2c", "c2p"]),
+    encoder("DeBERTa-v2", "DebertaV2", single_texts, relative_attention=True, pos_att_type=["p2c", "c2p"]),
     encoder("ModernBERT", "ModernBert", global_attn_every_n_layers=2, local_attention=8),
     encoder("ELECTRA", "Electra", embedding_size=16),
     Family(
@@ -69,4 +89,5 @@ FAMILIES = (
         sounds,
         sharded=True,
     ),
+    Family("wav2vec 2.0", "Wav2Vec2ForCTC", SOUND, configured("Wav2Vec2Config", **WAV2VEC2), waves),
 )

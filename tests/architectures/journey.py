@@ -104,6 +104,11 @@ class Journey:
         return list(read_json(self.emulator / "emulator.json")["layers"])
 
     @cached_property
+    def stacks(self) -> list[str]:
+        """The stacks of experts that the emulator holds as factors."""
+        return list(read_json(self.emulator / "emulator.json").get("experts", {}))
+
+    @cached_property
     def targets(self) -> list[str]:
         """The ends of names by which a LoRA targets factored layers, and nothing that is none, such as q_proj."""
         others = [name for name, _ in self.model.named_modules() if name not in self.factored]

@@ -23,6 +23,7 @@ from tests.architectures.moments import (
 )
 
 PREFIX = "base_model.model."  # of PEFT
+ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 Keys = dict[str, torch.Size]
 
 
@@ -116,11 +117,16 @@ class Measures:
         """The tensors that each Auto class of the emulator does not find in its files."""
         return {auto: self.journey.family.load_by(auto, self.journey.emulator)[1] for auto in self.journey.auto_map}
 
-    def adapter_keys(self, targets: str | list[str]) -> tuple[Keys, Keys]:
-        """The names and shapes of a LoRA's tensors on the base and on the emulator."""
+    def adapter_keys(self, targets: str | list[str]) -> tuple[Keys | str, Keys | str]:
+        """The names and shapes of a LoRA's tensors on the base and on the emulator, or why there can be none."""
         models = self.journey.family.load(self.journey.base), self.journey.load(self.journey.emulator)
-        on_base, on_emulator = (peft.get_peft_model(m, peft.LoraConfig(r=3, target_modules=targets)) for m in models)
-        return shapes(on_base), shapes(on_emulator)
+        on_base, on_emulator = (adapter_keys(model, targets) for model in models)
+        return on_base, on_emulator
+
+    @cached_property
+    def all_linear(self) -> tuple[Keys | str, Keys | str]:
+        """The same for PEFT's `all-linear`."""
+        return self.adapter_keys("all-linear")
 
     @cached_property
     def correction(self) -> float:
@@ -174,6 +180,10 @@ def state(model: Any) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
 
 
-def shapes(adapted: Any) -> Keys:
-    """The names and shapes of the tensors that PEFT saves."""
-    return {name: tensor.shape for name, tensor in peft.get_peft_model_state_dict(adapted).items()}
+def adapter_keys(model: Any, targets: str | list[str]) -> Keys | str:
+    """The names and shapes of the tensors that PEFT saves of a LoRA, or the message by which it is refused."""
+    try:
+        adapted = peft.get_peft_model(model, peft.LoraConfig(r=3, target_modules=targets))
+        return {name: tensor.shape for name, tensor in peft.get_peft_model_state_dict(adapted).items()}
+    except (ValueError, NotImplementedError) as error:
+        return str(error)

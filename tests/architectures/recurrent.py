@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tests.architectures.experts import NAMES_OF_EXPERTS
 from tests.architectures.family import Family, configured, texts
 
 FAMILIES = (
@@ -11,6 +12,48 @@ FAMILIES = (
         "Mamba2ForCausalLM",
         "text",
         configured("Mamba2Config", state_size=8, num_heads=8, head_dim=8, n_groups=2, expand=2),
+        texts,
+        no_lora=("out_proj",),
+    ),
+    Family(
+        "Qwen3-Next",
+        "Qwen3NextForCausalLM",
+        "text",
+        configured(
+            "Qwen3NextConfig",
+            num_key_value_heads=2,
+            head_dim=8,
+            layer_types=["linear_attention", "full_attention"],
+            num_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=24,
+            shared_expert_intermediate_size=24,
+            linear_num_value_heads=4,
+            linear_num_key_heads=2,
+            linear_key_head_dim=8,
+            linear_value_head_dim=8,
+        ),
+        texts,
+        no_lora=NAMES_OF_EXPERTS,
+    ),
+    Family(
+        "Zamba2",
+        "Zamba2ForCausalLM",
+        "text",
+        configured(
+            "Zamba2Config",
+            num_hidden_layers=4,
+            layers_block_type=["mamba", "hybrid", "mamba", "hybrid"],
+            mamba_d_state=8,
+            mamba_headdim=8,
+            n_mamba_heads=8,
+            num_mem_blocks=1,
+            adapter_rank=8,
+            attention_head_dim=16,
+            attention_hidden_size=64,
+            num_key_value_heads=4,
+            mamba_ngroups=1,
+        ),
         texts,
         no_lora=("out_proj",),
     ),

@@ -111,7 +111,7 @@ def mllama(folder: Path) -> Any:
     )
 
 
-# Each with a model input of its own, and with batch sizes. Beside samples with an image, Mllama gives those without one an
+# Each with a model input of its own, and with batch sizes. In a batch with an image Mllama gives samples without one an
 # empty image, and computes with it; so no batch has several samples there.
 FAMILIES = {
     "LlavaNextForConditionalGeneration": (llava_next, "image_sizes", (1, 2)),

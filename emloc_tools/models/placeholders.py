@@ -20,24 +20,10 @@ from emloc_tools.models.units import Slot, put, value
 
 # Functions that look at a tensor and not into it, beside the getters of attributes.
 DESCRIBING = frozenset(
-    [
-        "size",
-        "dim",
-        "ndimension",
-        "numel",
-        "nelement",
-        "stride",
-        "element_size",
-        "storage_offset",
-        "get_device",
-        "is_floating_point",
-        "is_complex",
-        "is_contiguous",
-        "requires_grad_",
-        "__len__",
-        "__repr__",
-        "__hash__",
-    ]
+    {
+        *("size", "dim", "ndimension", "numel", "nelement", "stride", "element_size", "storage_offset", "get_device"),
+        *("is_floating_point", "is_complex", "is_contiguous", "requires_grad_", "__len__", "__repr__", "__hash__"),
+    }
 )
 
 

@@ -17,7 +17,7 @@ from emloc_tools.cli import main as group
 
 DOCS = Path(__file__).parent
 RESULTS = DOCS.parent / "benchmarks" / "results"
-WITH_RESULTS = (DOCS.parent / "README.md", DOCS / "benchmarks.md", DOCS / "transfer.md")
+WITH_RESULTS = (DOCS.parent / "README.md", DOCS / "benchmarks.md", DOCS / "transfer.md", DOCS / "heads.md")
 WIDTH = 100
 INTRODUCTION = """# Command reference
 

@@ -1,6 +1,6 @@
 """What becomes of a task's new head: fitted on the base and frozen, or trained along with a LoRA on an emulator.
 
-    python -m benchmarks.transfer.heads --folder FOLDER [--seeds 0,1,2] [--ratios 0.1,0.25] [--steps 100]
+    python -m benchmarks.transfer.heads --folder FOLDER [--seeds 0,1,2] [--steps 100]
 
 The bed `kinds`: a Python statement, and the label that says which kind it is. Every LoRA is judged on the base, on
 held-out statements. Results go to `benchmarks/results/heads.json` and `.md`.
@@ -47,6 +47,12 @@ from emloc_tools.stages.merge import merge
 LENGTH, LEARNING_RATE, SAMPLES = 96, 4e-3, 64
 BY_HEART = 0.001  # a weight decay so small that the head knows the training statements by heart
 HELD_OUT = 140  # the rest is trained on
+# By their names in the table: the ratio, and what `build_emulator` is asked for beside the calibration.
+EMULATORS: dict[str, tuple[float, dict[str, Any]]] = {
+    "0.25": (0.25, {}),
+    "0.1": (0.1, {}),
+    "0.1, paper": (0.1, {"weighting": "none", "allocation": "uniform"}),
+}
 ENDS = ("base, head fitted", "base, LoRA, head fitted and frozen")
 WAYS = {
     "head fitted and frozen, uncorrected": "frozen",
@@ -64,9 +70,11 @@ def main() -> None:
     logging.disable_progress_bar()
     shutil.rmtree(options.folder, ignore_errors=True)
     write_bed(options.folder)
-    ratios = tuple(map(float, options.ratios.split(",")))
     scores = []
-    for decay, starts, wanted in ((None, ("frozen", "fitted", "random"), ratios), (BY_HEART, ("frozen",), ratios[-1:])):
+    for decay, starts, wanted in (
+        (None, ("frozen", "fitted", "random"), list(EMULATORS)),
+        (BY_HEART, ("frozen",), ["0.25"]),
+    ):
         folder = options.folder / ("chosen" if decay is None else "by-heart")
         fitted = fit_head(
             base=str(base_folder(options.folder, "shipped")),
@@ -106,32 +114,33 @@ def write_bed(folder: Path) -> None:
         (folder / f"{part}.jsonl").write_text(lines, encoding="utf-8")
 
 
-def run(folder: Path, ratios: Sequence[float], starts: Sequence[str], seed: int, steps: int) -> list[dict[str, Any]]:
-    """The scores of one seed: the two ends, and every start of the head at every ratio."""
+def run(folder: Path, emulators: Sequence[str], starts: Sequence[str], seed: int, steps: int) -> list[dict[str, Any]]:
+    """The scores of one seed: the two ends, and every start of the head on every emulator."""
     work, headed = folder / f"seed-{seed}", folder / "headed"
     data, held_out = folder.parent / "train.jsonl", folder.parent / "heldout.jsonl"
     work.mkdir()
     train(headed, data, work / "on-base", "frozen", seed, steps)
     found = measure(headed, held_out, [work / "on-base"])
-    rows = [{"ratio": None, "way": way, **score} for way, score in zip(ENDS, found, strict=True)]
+    rows = [{"emulator": "", "way": way, **score} for way, score in zip(ENDS, found, strict=True)]
     shared: dict[str, Any] = {"max_length": LENGTH, "seed": seed, "dtype": "float32"}
     calibration = work / "calibration"
     calibrate(base=str(headed), data=data, samples=SAMPLES, gradients=True, output=calibration, **shared)
-    for ratio in ratios:
-        emulator = work / f"emulator-{ratio:g}"
-        build_emulator(base=str(headed), calibration=calibration, ratio=ratio, output=emulator)
+    for number, name in enumerate(emulators):
+        emulator = work / f"emulator-{number}"
+        ratio, built = EMULATORS[name]
+        build_emulator(base=str(headed), calibration=calibration, ratio=ratio, output=emulator, **built)
         for start in starts:
-            lora, corrected = work / f"{start}-{ratio:g}", work / f"{start}-{ratio:g}-corrected"
+            lora, corrected = work / f"{start}-{number}", work / f"{start}-{number}-corrected"
             train(emulator, data, lora, start, seed, steps)
             correct(emulator=emulator, adapter=lora, base=str(headed), output=corrected)
             if start == "frozen":
                 scores = measure(headed, held_out, [lora, corrected])[1:]
             else:  # the adapter holds a head of its own, which only a merged model has in its place
-                merged = work / f"{start}-{ratio:g}-merged"
+                merged = work / f"{start}-{number}-merged"
                 merge(base=str(headed), adapter=corrected, output=merged)
                 scores = measure(merged, held_out, [])
             ways = [way for way, its_start in WAYS.items() if its_start == start]
-            rows += [{"ratio": ratio, "way": way, **score} for way, score in zip(ways, scores, strict=True)]
+            rows += [{"emulator": name, "way": way, **score} for way, score in zip(ways, scores, strict=True)]
     return rows
 
 
@@ -183,15 +192,15 @@ def measure(model: Path, data: Path, adapters: Sequence[Path]) -> list[dict[str,
     return [{"loss": result.loss, "accuracy": result.accuracy} for result in results]
 
 
-KEYS = ("decay", "ratio", "way")
-Key = tuple[float, float | None, str]
+KEYS = ("decay", "emulator", "way")
+Key = tuple[float, str, str]
 
 
 def summary(scores: Sequence[Mapping[str, Any]]) -> dict[Key, dict[str, float]]:
     """Mean and standard deviation over the seeds."""
     groups: dict[Key, list[Mapping[str, Any]]] = defaultdict(list)
     for score in scores:
-        groups[score["decay"], score["ratio"], score["way"]].append(score)
+        groups[score["decay"], score["emulator"], score["way"]].append(score)
     return {
         key: {
             "seeds": len(group),
@@ -204,12 +213,16 @@ def summary(scores: Sequence[Mapping[str, Any]]) -> dict[Key, dict[str, float]]:
 
 def text(figures: Mapping[str, Any], table: Mapping[Key, Mapping[str, float]]) -> str:
     """The table in Markdown."""
-    lines = ["# A new head", "", "| weight decay | ratio | LoRA and head | loss | accuracy |", "|--:|--:|---|--:|--:|"]
-    for (decay, ratio, way), value in table.items():
-        size = "" if ratio is None else f"{ratio:g}"
+    lines = [
+        "# A new head",
+        "",
+        "| weight decay | emulator | LoRA and head | loss | accuracy |",
+        "|--:|---|---|--:|--:|",
+    ]
+    for (decay, emulator, way), value in table.items():
         loss = f"{value['loss']:.3f} ± {value['loss_std']:.3f}"
         accuracy = f"{value['accuracy']:.1%} ± {value['accuracy_std']:.1%}"
-        lines.append(f"| {decay:g} | {size} | {way} | {loss} | {accuracy} |")
+        lines.append(f"| {decay:g} | {emulator} | {way} | {loss} | {accuracy} |")
     return "\n".join([*lines, "", record.sentence(figures)]) + "\n"
 
 
@@ -218,7 +231,6 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.transfer.heads", description="See the docstring.")
     parser.add_argument("--folder", type=Path, required=True, help="scratch folder, emptied first")
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--ratios", default="0.1,0.25")
     parser.add_argument("--steps", type=int, default=100, help="of every training, eight samples each")
     parser.add_argument("--threads", type=int, default=1)
     return parser.parse_args()

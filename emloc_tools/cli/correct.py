@@ -128,7 +128,7 @@ def correct(
     if result.head:
         console.warn(
             f"{', '.join(result.head)} of the task's head was trained on the emulator and is passed on as it is; such "
-            "a head drifts with the emulator, so fit it on the base with emloc-tools fit-head, and freeze it",
+            "a head can drift with the emulator; fit it on the base with emloc-tools fit-head instead, and freeze it",
             hidden=quiet,
         )
     if result.heldout is not None:

@@ -34,7 +34,9 @@ def draw(out: Console, heldout: HeldOut) -> None:
             ),
         }
         rows.append({**row, "": "chosen" if place == heldout.chosen else ""} if selected else row)
-    console.heading(out, f"Loss per token on {heldout.data.tokens:,} tokens of {_samples(heldout)}, ± standard error")
+    labels = heldout.predicts == "labels"
+    counted = "label on" if labels else f"token on {heldout.data.tokens:,} tokens of"
+    console.heading(out, f"Loss per {counted} {_samples(heldout)}, ± standard error")
     console.layer_table(out, rows, to_right=["scale", "loss", "against none", "against corrected"])
 
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -223,7 +223,8 @@ class _Trial:
             progress=lambda done, total: progress(Step("evaluate", done, total, self._target.name)),
         )
         measured = table(tried, [found.losses for found in scores], scores[0].tokens)
-        return HeldOut(self._data, measured, choose(measured) if select else None)
+        predicts: Literal["tokens", "labels"] = "labels" if self._target.classifies else "tokens"
+        return HeldOut(self._data, measured, choose(measured) if select else None, predicts)
 
 
 def _config(trained: Mapping[str, Any], base: str, revision: str | None, base_class: type) -> dict[str, Any]:

@@ -46,12 +46,14 @@ class HeldOut:
     """What the base makes of held-out samples without a LoRA and with several.
 
     `data` counts the predicted tokens and the samples that hold any. `chosen` is a place in `candidates`, and None
-    where nothing was to be chosen; it is that of `none` where no LoRA helps.
+    where nothing was to be chosen; it is that of `none` where no LoRA helps. By `predicts` a label of a sample counts
+    as a token.
     """
 
     data: DataRecord
     candidates: list[Candidate]
     chosen: int | None
+    predicts: Literal["tokens", "labels"] = "tokens"
 
     @property
     def winner(self) -> Tried | None:

@@ -91,6 +91,16 @@ class Adapter:
         paired = {key for lora in self.loras.values() for key in (lora.A, lora.B)}
         return [name for name in self.tensors.names() if name not in paired]
 
+    @property
+    def embeddings(self) -> dict[str, LoraKeys]:
+        """The pairs of embeddings, which are among the other tensors: `A (r, rows)` and `B (features, r)`.
+
+        The weight `(rows, features)` of an embedding gains `s (B A)ᵀ`. Raises `FormatError` as for the other pairs.
+        """
+        stem, end = "lora_embedding_{}", ".lora_embedding_A"
+        names = [name for name in self.tensors.names() if name.startswith(self.prefix) and name.endswith(end)]
+        return {m: self._keys(m, stem) for m in (n.removeprefix(self.prefix).removesuffix(end) for n in names)}
+
     def pair(self, module: str) -> tuple[torch.Tensor, torch.Tensor]:
         """`A (r, in)` and `B (out, r)` of a module in the stored dtype; NaN or infinity is a `FormatError`."""
         keys = self.loras[module]
@@ -144,8 +154,8 @@ class Adapter:
             raise FormatError("A4", self.weights_path, "", "holds no lora_A/lora_B pair of any linear layer")
         return sorted(modules)
 
-    def _keys(self, module: str) -> LoraKeys:
-        A, B = (f"{self.prefix}{module}.lora_{side}.weight" for side in "AB")
+    def _keys(self, module: str, stem: str = "lora_{}.weight") -> LoraKeys:
+        A, B = (f"{self.prefix}{module}.{stem.format(side)}" for side in "AB")
         for key in (A, B):
             if key not in self.tensors:
                 raise FormatError("A4", self.weights_path, key, "is missing although its partner is there")

@@ -123,7 +123,7 @@ def _is_fp8(quantisation: Any) -> bool:
         return False
     match quantisation.get("quant_method"):
         case "fp8":
-            return quantisation.get("expert_dtype", "fp8") == "fp8"
+            return bool(quantisation.get("expert_dtype", "fp8") == "fp8")
         case "fbgemm_fp8":
             return True
         case "modelopt":

@@ -14,6 +14,8 @@ import torch
 from emloc_tools.errors import MismatchError, NumericalError
 from emloc_tools.files.adapter import CONFIG as ADAPTER
 from emloc_tools.files.adapter import Adapter
+from emloc_tools.files.diffusers_lora import WEIGHTS as DIFFUSERS_ADAPTER
+from emloc_tools.files.diffusers_lora import open_adapter
 from emloc_tools.files.emulator import MANIFEST as EMULATOR
 from emloc_tools.files.emulator import Emulator
 from emloc_tools.files.folders import check_output, new_folder
@@ -86,7 +88,8 @@ def merge(
     `UnsupportedError` for what cannot be merged, `NumericalError` for NaN and for values beyond the dtype.
     """
     require_original(base)
-    require_artifact(adapter, ADAPTER, "a PEFT adapter")
+    if not (adapter / DIFFUSERS_ADAPTER).is_file():
+        require_artifact(adapter, ADAPTER, "a PEFT adapter")
     if emulator is not None:
         require_artifact(emulator, EMULATOR, "an emulator")
     require_apart(output, [adapter, Path(base), *([emulator] if emulator else [])])
@@ -94,7 +97,7 @@ def merge(
     check_share(emulator, interpolate)
     device = choose_device(device)
     with contextlib.ExitStack() as stack:
-        trained = stack.enter_context(contextlib.closing(Adapter(adapter)))
+        trained = stack.enter_context(contextlib.closing(open_adapter(adapter)))
         require_plain_lora(trained)
         bundle = None if emulator is None else stack.enter_context(contextlib.closing(Emulator(emulator)))
         require_meant(trained, bundle)
@@ -111,7 +114,8 @@ def merge(
         # The order of the base's files, so that it is read from front to back, and fetched file by file.
         keys = sorted(opened.tensors.weight_map, key=opened.tensors.weight_map.__getitem__)
         specs = [TensorSpec(key, merger.dtype_of(key), opened.tensors.spec(key).shape) for key in keys]
-        writer = stack.enter_context(contextlib.closing(MergedWriter(folder, specs, max_shard_size=max_shard_size)))
+        writer = MergedWriter(folder, specs, max_shard_size=max_shard_size, library=opened.library)
+        stack.enter_context(contextlib.closing(writer))
         for number, key in enumerate(keys, 1):
             writer.write(key, merger.tensor(key))
             progress(Step("merge", number, len(keys), key))
@@ -127,7 +131,7 @@ def merge(
             checked=what_was_checked(trained, bundle, merger.compared),
         )
         note = {
-            "made_by": manifest_dict(made_by(command)),
+            "made_by": manifest_dict(made_by(command, opened.library)),
             "base": manifest_dict(result.base),
             "adapter": {"hash": trained.hash, "corrected": trained.corrected},
             "emulator": bundle and bundle.hash,
@@ -182,13 +186,10 @@ class _Merger:
         dtype = self.dtype_of(key)
         if change.layer is None:
             return tensor if tensor.dtype == dtype else _rounded(key, tensor, dtype)
-        lora = None
-        if change.lora is not None:
-            lora = (*self._trained.pair(change.lora), self._trained.loras[change.lora].scaling)
         try:
             W = merge_weight(
                 oriented(change.layer, tensor),
-                lora=lora,
+                lora=self._lora(change),
                 factors=self._bundle.factors(change.layer.name) if self._bundle and change.factored else None,
                 share=self._share,
                 dtype=dtype,
@@ -197,6 +198,15 @@ class _Merger:
         except NumericalError as error:
             raise NumericalError(f"{key}: {error}") from error
         return oriented(change.layer, W)
+
+    def _lora(self, change: Change) -> tuple[torch.Tensor, torch.Tensor, float] | None:
+        """A, B and the scaling of what is added to a weight."""
+        if change.embedding is not None:
+            keys = self._trained.embeddings[change.embedding]
+            return self._trained.read(keys.B).T, self._trained.read(keys.A).T, keys.scaling
+        if change.lora is not None:
+            return *self._trained.pair(change.lora), self._trained.loras[change.lora].scaling
+        return None
 
     def _compare(self, key: str, tensor: torch.Tensor) -> None:
         """Refuse a tensor that is not the one which the emulator was made from."""
@@ -243,6 +253,6 @@ def _config(opened: BaseModel, dtype: str) -> str:
     config = read_json(path, "base config")
     if opened.dequantised:
         del config["quantization_config"]
-    if dtype != "auto":
+    if dtype != "auto" and opened.library == "transformers":  # diffusers takes it from whoever loads the model
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
     return json.dumps(config, indent=2, ensure_ascii=False) + "\n"

@@ -10,7 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from emloc_tools.errors import MismatchError, UnsupportedError
-from emloc_tools.files.adapter import PREFIX, Adapter
+from emloc_tools.files.adapter import Adapter
 from emloc_tools.files.emulator import FACTORS, Emulator
 from emloc_tools.files.manifest import FactoredLayer
 from emloc_tools.files.tensors import content_hash
@@ -26,13 +26,15 @@ class Change:
     """What becomes of one checkpoint tensor: `saved` of the adapter replaces it, then the others are applied.
 
     `layer` is the linear layer whose weight it is, `lora` the adapter's name of that layer, `factored` whether the
-    emulator holds its factors.
+    emulator holds its factors. An embedding is taken for the linear layer that has its weight: `embedding` is the
+    adapter's name of it.
     """
 
     layer: Layer | None = None
     saved: str | None = None
     lora: str | None = None
     factored: bool = False
+    embedding: str | None = None
 
 
 def plan_changes(
@@ -52,6 +54,8 @@ def plan_changes(
     planner.add_saved()
     for module in trained.loras:
         planner.add_lora(module)
+    for module in trained.embeddings:
+        planner.add_embedding(module)
     for name, record in bundle.layers.items() if bundle else ():
         planner.add_factored(name, record)
     return planner.changes
@@ -66,7 +70,8 @@ class _Planner:
 
     def add_saved(self) -> None:
         """Whole tensors of `modules_to_save`, and the weights that PEFT saves with adapted heads and embeddings."""
-        saved = {self._saved_name(key): key for key in self._trained.other_tensors}
+        pairs = {key for keys in self._trained.embeddings.values() for key in (keys.A, keys.B)}
+        saved = {self._saved_name(key): key for key in self._trained.other_tensors if key not in pairs}
         for name, key in saved.items():
             source = self._weights.source_of[name]
             checkpoint = self._checkpoint_name(source, name)
@@ -95,6 +100,24 @@ class _Planner:
                 f"is {layer.out_features} x {layer.in_features}; the adapter was trained on another model"
             )
         self._add(self._own_weight(name), layer=layer, lora=module)
+
+    def add_embedding(self, module: str) -> None:
+        """The pair of an adapted embedding, whose A and B are the transposes of a linear layer's B and A."""
+        name, keys = match_module(module, self._weighted), self._trained.embeddings[module]
+        if name is None:
+            self._refuse_unknown(module)
+        embedding = self._modules[name]
+        if not isinstance(embedding, nn.Embedding):
+            raise UnsupportedError(f"{name} of {self._base_id} is a {type(embedding).__name__} and no embedding")
+        rows, features = self._trained.tensors.spec(keys.A).shape[1], self._trained.tensors.spec(keys.B).shape[0]
+        shape = (embedding.num_embeddings, embedding.embedding_dim)
+        if (rows, features) != shape:
+            raise MismatchError(
+                f"the LoRA pair of {module} is for {rows} x {features}, the embedding of {self._base_id} is "
+                f"{shape[0]} x {shape[1]}; the adapter was trained on another model, or one that was resized"
+            )
+        layer = Layer(name, *shape, "linear", has_bias=False)
+        self._add(self._own_weight(name), layer=layer, embedding=module)
 
     def add_factored(self, name: str, record: FactoredLayer) -> None:
         """A layer that the emulator holds as factors, adapted or not."""
@@ -148,7 +171,7 @@ class _Planner:
         return [name for name, other in self._weights.source_of.items() if other == source]
 
     def _saved_name(self, key: str) -> str:
-        module, _, part = key.removeprefix(PREFIX).rpartition(".")
+        module, _, part = key.removeprefix(self._trained.prefix).rpartition(".")
         if part.startswith("lora_"):
             raise UnsupportedError(
                 f"{self._trained.folder} holds {key}, which is not a pair of a linear layer; merge it with PEFT's "

@@ -21,6 +21,7 @@ from tests.stages.merging import Case, Make, load_all, logits, make_case, merge_
 from tests.stages.reference import close_to, read_json, read_tensors
 
 FLOAT32 = 1e-6  # a few float32 roundings, relative
+PATTERN = {"embed_tokens": 9}
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "all linear layers": ("llama", {}),
     "rsLoRA": ("llama", {"use_rslora": True}),
@@ -32,6 +33,11 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "biases": ("qwen2", {"target_modules": ["q_proj", "v_proj"]}),
     "BERT without a task": ("bert", {"task_type": None, "target_modules": r".*layer\..*(query|key|value|dense)"}),
     "attention beside fused experts": ("qwen3-moe", {"target_modules": ["q_proj", "o_proj"]}),
+    "embedding and head": (
+        "qwen2",
+        {"target_modules": ["embed_tokens", "lm_head", "q_proj"], "alpha_pattern": PATTERN},
+    ),
+    "embedding alone": ("llama", {"target_modules": ["embed_tokens", "q_proj"], "use_rslora": True}),
     "tied embeddings": ("llama-tied", {"target_modules": ["q_proj", "down_proj"]}),
 }
 

@@ -144,9 +144,16 @@ def test_adapters_beyond_plain_pairs_are_refused(tmp_path: Path, options: dict[s
     refuse_case(case, UnsupportedError, message)
 
 
-def test_adapted_embeddings_are_refused(tmp_path: Path) -> None:
-    case = make_case(tmp_path, target_modules=["q_proj", "embed_tokens"])
-    refuse_case(case, UnsupportedError, r"embed_tokens\.lora_embedding_A, which is not a pair of a linear layer")
+def test_an_adapted_embedding_that_is_tied_or_of_another_size_is_refused(tmp_path: Path) -> None:
+    case = make_case(tmp_path / "tied", "llama-tied", target_modules=["q_proj", "embed_tokens"])
+    tensors = {name: value for name, value in read_tensors(case.adapter).items() if "base_layer" not in name}
+    save_file(tensors, case.adapter / "adapter_model.safetensors")  # as with save_embedding_layers=False
+    refuse_case(case, UnsupportedError, r"embed_tokens\.weight is tied to lm_head\.weight")
+    case = make_case(tmp_path / "resized", target_modules=["q_proj", "embed_tokens"])
+    key = "base_model.model.model.embed_tokens.lora_embedding_A"
+    tensors = {name: value for name, value in read_tensors(case.adapter).items() if "base_layer" not in name}
+    save_file({**tensors, key: tensors[key][:, :-4].contiguous()}, case.adapter / "adapter_model.safetensors")
+    refuse_case(case, MismatchError, r"pair of model\.embed_tokens is for 256 x 32, the embedding of .* is 260 x 32")
 
 
 @pytest.mark.parametrize("target", ["lm_head", "saved"])

@@ -20,8 +20,6 @@ EXAMPLE = """Example:
 \b
   emloc-tools fit-head --base meta-llama/Llama-3.1-8B --data labelled.jsonl \\
       --output headed
-  emloc-tools calibrate --base headed --data labelled.jsonl --gradients \\
-      --output calibration
 """
 
 
@@ -70,7 +68,7 @@ def fit_head(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Give a base a head that tells labels, fitted on the base itself.
+    """Give a base a head for labels, fitted on the base.
 
     --data is JSONL with text and label (a text or a whole number), and text_pair where there are two. The base runs
     block by block; the head, all that its class for sequence classification has and the checkpoint lacks, is fitted on

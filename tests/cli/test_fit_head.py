@@ -7,6 +7,7 @@ from pathlib import Path
 
 import transformers
 
+from emloc_tools.stages.build_emulator import build_emulator
 from tests import pico
 from tests.cli.conftest import UNREADABLE, Invoke
 
@@ -71,3 +72,36 @@ def test_a_bad_label_is_one_line(tmp_path: Path, invoke: Invoke) -> None:
     assert printed.status == 1
     assert "data.jsonl: `label` is None, expected a text or a whole number" in printed.error
     assert not (tmp_path / "out").exists()
+
+
+def test_correct_speaks_of_labels_and_warns_of_a_head_trained_on_the_emulator(tmp_path: Path, invoke: Invoke) -> None:
+    invoke(*words(tmp_path, TOLD), "--quiet")
+    build_emulator(base=str(tmp_path / "out"), ratio=0.5, output=tmp_path / "emulator")
+    printed = {}
+    for name, options in (("frozen", {"exclude_modules": ["score"], "task_type": None}), ("along", {})):
+        pico.save_lora(tmp_path / name, tmp_path / "emulator", **{"task_type": "SEQ_CLS", **options})
+        line = [
+            "correct",
+            "--emulator",
+            tmp_path / "emulator",
+            "--adapter",
+            tmp_path / name,
+            "--base",
+            tmp_path / "out",
+        ]
+        data = ["--data", tmp_path / "data.jsonl"] if name == "frozen" else []
+        printed[name] = invoke(*line, *data, "--output", tmp_path / f"{name}-corrected", columns=200)
+        assert printed[name].status == 0
+    assert "Loss per label on 20 samples, ± standard error" in printed["frozen"].stdout
+    warning = "Warning: score of the task's head was trained on the emulator and is passed on as it is"
+    assert warning in printed["along"].stderr
+    assert warning not in printed["frozen"].stderr
+
+
+def test_evaluate_shows_accuracy_and_samples_of_a_classifier(tmp_path: Path, invoke: Invoke) -> None:
+    invoke(*words(tmp_path, TOLD), "--quiet")
+    printed = invoke("evaluate", "--base", tmp_path / "out", "--data", tmp_path / "data.jsonl", "--device", "cpu")
+    heading, row = printed.stdout.splitlines()[:2]
+    assert heading.split() == ["model", "adapter", "loss", "accuracy", "samples"]
+    assert row.split()[0] == "base"
+    assert row.split()[-1] == "20"

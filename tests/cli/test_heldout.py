@@ -138,6 +138,7 @@ def test_json_holds_the_table_also_where_nothing_was_written(
         "data": result.heldout.data.model_dump(),
         "candidates": [each.model_dump() for each in result.heldout.candidates],
         "chosen": 0,
+        "predicts": "tokens",
     }
 
 

@@ -35,7 +35,7 @@ Choose by the loss on samples that the LoRA was not trained on:
 
 @click.command(epilog=EXAMPLE)
 @click.option("--emulator", type=options.FOLDER, required=True, help="The emulator that the LoRA was trained on.")
-@click.option("--adapter", type=options.FOLDER, required=True, help="The trained LoRA, as PEFT saves it.")
+@click.option("--adapter", type=options.FOLDER, required=True, help="The trained LoRA, as PEFT or diffusers saves it.")
 @options.base_options()
 @click.option(
     "--clamp",
@@ -160,11 +160,14 @@ def _draw(out: Console, result: CorrectionResult, base: str, dry_run: bool) -> N
         )
     if result.unchanged:
         why = "layers that the emulator keeps dense" if layers else "the LoRA as it was trained"
+        why += f", and of what is no {result.component}" if result.component else ""
         rows.append(("passed on", f"{len(result.unchanged)} tensors of {why}"))
     winner = result.heldout.winner if result.heldout is not None else None
     if winner is not None:
         rows.append(("chosen", f"the {heldout.named(winner)}" if winner.scale else "no LoRA at all"))
-    if result.output is not None and (result.heldout is None or winner is not None):
+    if result.output is not None and result.component is not None:
+        rows.append(("next", console.Verbatim(f'pipeline.load_lora_weights("{result.output}")')))
+    elif result.output is not None and (result.heldout is None or winner is not None):
         data = "HELDOUT.jsonl" if winner is None else "TEST.jsonl"  # a chosen one looks too good where it was chosen
         evaluate = ("evaluate", "--base", base, "--adapter", result.output, "--data", data)
         rows.append(("next", console.Verbatim(options.runnable(*evaluate))))

@@ -26,7 +26,9 @@ EXAMPLE = """Examples:
 
 @click.command(epilog=EXAMPLE)
 @options.base_options()
-@click.option("--adapter", type=options.FOLDER, required=True, help="LoRA for the base, as correct or PEFT saves it.")
+@click.option(
+    "--adapter", type=options.FOLDER, required=True, help="LoRA for the base, as correct, PEFT or diffusers saves it."
+)
 @click.option("--emulator", type=options.FOLDER, help="With --interpolate: what the (uncorrected) LoRA was trained on.")
 @click.option(
     "--interpolate",

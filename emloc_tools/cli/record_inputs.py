@@ -17,12 +17,12 @@ EXAMPLE = """Example:
 
 \b
   emloc-tools record-inputs --base black-forest-labs/FLUX.1-dev \\
-      --prompts prompts.txt --steps 28 --set guidance_scale=3.5 --output inputs
+      --prompts prompts.txt --steps 28 --set height=512 --output inputs
 """
 
 
-def _assignments(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, Any]:
-    """`KEY=VALUE` as arguments: VALUE is JSON, or else a text."""
+def _assignments(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, Any] | None:
+    """`NAME=VALUE` as arguments, if there are any: VALUE is JSON, or else a text."""
     arguments = {}
     for value in values:
         name, sign, text = value.partition("=")
@@ -32,7 +32,7 @@ def _assignments(ctx: click.Context, param: click.Parameter, values: tuple[str, 
             arguments[name] = json.loads(text)
         except ValueError:
             arguments[name] = text
-    return arguments
+    return arguments or None
 
 
 @click.command(name="record-inputs", epilog=EXAMPLE)
@@ -66,7 +66,7 @@ def record_inputs(
     prompts: Path,
     keep: int,
     steps: int | None,
-    arguments: dict[str, Any],
+    arguments: dict[str, Any] | None,
     seed: int,
     device: str,
     dtype: str,
@@ -76,10 +76,10 @@ def record_inputs(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Record what the denoiser of a diffusers pipeline is given.
+    """Record what a pipeline's denoiser is given.
 
-    Runs the pipeline on your prompts and keeps the inputs of its transformer or unet at timesteps spread evenly: the
-    data for calibrate. This needs the whole pipeline in memory, and the extra diffusers.
+    Runs a pipeline of diffusers on your prompts and keeps the inputs of its transformer or unet at timesteps spread
+    evenly: the data for calibrate. This needs the whole pipeline in memory, and the extra diffusers.
     """
     from emloc_tools.cli import console
     from emloc_tools.stages.record_inputs import record_inputs as run

@@ -43,6 +43,12 @@ class DiffusersLora(Adapter):
             raise
         self._check()
 
+    @property
+    def other_tensors(self) -> list[str]:
+        """Tensors that belong to no pair of the component: those of other components. Alphas belong to their pairs."""
+        alphas = {f"{self.prefix}{module}.alpha" for module in self.loras}
+        return [name for name in super().other_tensors if name not in alphas]
+
     def metadata_with(self, config: Mapping[str, Any]) -> dict[str, str]:
         """The header's metadata with another configuration of the component, empty if there was none."""
         if self._metadata is None:

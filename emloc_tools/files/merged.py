@@ -12,16 +12,17 @@ from typing import Any
 
 import torch
 
+from emloc_tools.files.emulator import STEMS
 from emloc_tools.files.folders import write_json, write_text
 from emloc_tools.files.json_files import read_json
 from emloc_tools.files.opening import path_inside
 from emloc_tools.files.tensors import ShardedWriter, TensorSpec
+from emloc_tools.records import Library
 
 NOTE = "emloc-merge.json"
-INDEX = "model.safetensors.index.json"
 
 CARD = """---
-library_name: transformers
+library_name: {library}
 base_model: {base}
 tags:
 - emloc
@@ -46,11 +47,14 @@ def merged_adapter(folder: Path) -> str | None:
 
 
 class MergedWriter:
-    """Writes the tensors of a merged model one at a time, then everything else."""
+    """Writes the tensors of a merged model of `library` one at a time, then everything else."""
 
-    def __init__(self, folder: Path, specs: Sequence[TensorSpec], *, max_shard_size: int) -> None:
-        self._folder = folder
-        self.tensors = ShardedWriter(folder, "model", specs, max_shard_size=max_shard_size, metadata={"format": "pt"})
+    def __init__(
+        self, folder: Path, specs: Sequence[TensorSpec], *, max_shard_size: int, library: Library = "transformers"
+    ) -> None:
+        self._folder, self._library = folder, library
+        metadata = {"format": "pt"}
+        self.tensors = ShardedWriter(folder, STEMS[library], specs, max_shard_size=max_shard_size, metadata=metadata)
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Put a tensor in its place."""
@@ -61,10 +65,12 @@ class MergedWriter:
         files = self.tensors.finish()
         if len(files) > 1:
             metadata = {"total_size": self.tensors.total_size}
-            write_json(self._folder / INDEX, {"metadata": metadata, "weight_map": self.tensors.weight_map})
+            index = {"metadata": metadata, "weight_map": self.tensors.weight_map}
+            write_json(self._folder / f"{STEMS[self._library]}.safetensors.index.json", index)
         write_text(self._folder / "config.json", config)
         write_json(self._folder / NOTE, note)
         card = CARD.format(
+            library=self._library,
             base=note["base"]["id"],
             architecture=note["base"]["architecture"],
             version=note["made_by"]["emloc_tools"],

@@ -46,7 +46,8 @@ class CorrectionResult:
 
     `output` is None if nothing was written: for a dry run, and where a choice fell on no LoRA at all. If it fell on
     the LoRA as it was trained, `layers` is empty. `head` are the modules of a sequence classifier's head that were
-    trained, as a whole or by a pair, on what the emulator gave them, and are passed on.
+    trained, as a whole or by a pair, on what the emulator gave them, and are passed on. `component` is that of a
+    pipeline of diffusers that the LoRA is for.
     """
 
     output: Path | None
@@ -54,6 +55,7 @@ class CorrectionResult:
     unchanged: list[str]
     heldout: HeldOut | None
     head: list[str] = field(default_factory=list)
+    component: str | None = None
 
 
 def correct(
@@ -166,7 +168,8 @@ def correct(
             else:
                 selection = heldout.selection if heldout is not None else None
                 write_adapter(folder, config, tensors, fields=fields, selection=selection)
-    return CorrectionResult(output, records, unchanged, heldout, trained_head(opened.model, trained.tensors.names()))
+    head = trained_head(opened.model, trained.tensors.names())
+    return CorrectionResult(output, records, unchanged, heldout, head, trained.component)
 
 
 class _Trial:

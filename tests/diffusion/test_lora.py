@@ -20,6 +20,7 @@ from emloc_tools.cli import main
 from emloc_tools.errors import FormatError, MismatchError, UnsupportedError
 from emloc_tools.files.diffusers_lora import DiffusersLora
 from emloc_tools.stages.correct import correct
+from emloc_tools.stages.merge import merge
 from tests.diffusion import pico_flux
 from tests.diffusion.conftest import Case, calls_in
 from tests.diffusion.test_emulator import linears, outputs
@@ -244,3 +245,38 @@ def test_dora_is_told_without_metadata_too(flux: Case, trained: Trained, tmp_pat
     lora = DiffusersLora(trained.folder)  # control: the same tensors without it
     assert not lora.config["use_dora"]
     lora.close()
+
+
+def test_merge_writes_the_transformer_that_the_pipeline_fuses(flux: Case, trained: Trained, tmp_path: Path) -> None:
+    done = CliRunner().invoke(
+        main, ["merge", "--base", flux.base, "--adapter", str(trained.corrected), "--output", str(tmp_path / "merged")]
+    )
+    assert done.exit_code == 0, done.output
+    merged = diffusers.FluxTransformer2DModel.from_pretrained(tmp_path / "merged")
+    pipeline = pico_flux.load_pipeline(flux.pipeline)
+    pipeline.load_lora_weights(trained.corrected)
+    pipeline.fuse_lora()
+    expected = outputs(pipeline.transformer, flux.heldout)
+    assert close_to(outputs(merged, flux.heldout), expected) < 1e-5
+    assert close_to(outputs(flux.model, flux.heldout), expected) > 1e-2  # the control
+    assert (tmp_path / "merged" / "config.json").read_bytes() == (
+        flux.pipeline / "transformer" / "config.json"
+    ).read_bytes()
+    with pytest.raises(MismatchError, match="has .* in its weights already"):
+        merge(base=str(tmp_path / "merged"), adapter=trained.corrected, output=tmp_path / "twice")
+
+
+def test_merge_refuses_what_is_no_part_of_the_transformer(flux: Case, trained: Trained, tmp_path: Path) -> None:
+    tensors = load_file(trained.folder / WEIGHTS)
+    others = {f"text_encoder.layer.lora_{side}.weight": torch.ones(2, 2) for side in "AB"}
+    save_file(tensors | others, tmp_path / WEIGHTS)
+    with pytest.raises((MismatchError, UnsupportedError), match="text_encoder"):
+        merge(base=flux.base, adapter=tmp_path, output=tmp_path / "out")
+
+
+def test_the_command_shows_what_was_done_and_how_to_go_on(flux: Case, trained: Trained, tmp_path: Path) -> None:
+    words = ["correct", "--emulator", flux.emulator, "--adapter", trained.folder, "--base", flux.base]
+    done = CliRunner().invoke(main, [*map(str, words), "--output", str(tmp_path / "corrected")])
+    assert done.exit_code == 0, done.output
+    assert f'pipeline.load_lora_weights("{tmp_path}/corrected")' in done.stdout
+    assert f"{len(transformer_pairs(trained.folder))} LoRA pairs" in done.stdout

@@ -82,6 +82,8 @@ class ImageReader:
                 ".safetensors file as --data can give model inputs that are ready"
             )
         ids = found["input_ids"][0].tolist()
+        if images and self._placeholders and self._placeholders.isdisjoint(ids):
+            raise ValueError(f"the record names {len(images)} images, and its text has no place for one")
         start = 0
         if texts.prompt:
             asked = images[: places_in(written["prompt"], len(images))]
@@ -133,14 +135,17 @@ class ImageReader:
 
     def _process(self, texts: Sequence[str], images: Sequence[Sequence[str]], special: bool) -> dict[str, torch.Tensor]:
         opened = [[open_image(self._folder, name) for name in names] for names in images]
-        found = self._processor(
-            text=list(texts),
-            images=opened if any(opened) else None,
-            add_special_tokens=special,
-            padding=len(texts) > 1,
-            padding_side="right",
-            return_tensors="pt",
-        )
+        try:
+            found = self._processor(
+                text=list(texts),
+                images=opened if any(opened) else None,
+                add_special_tokens=special,
+                padding=len(texts) > 1,
+                padding_side="right",
+                return_tensors="pt",
+            )
+        except StopIteration as error:  # in releases of transformers that do not count before
+            raise ValueError("the text has places for more images than the record names") from error
         return dict(found)
 
     def _size(self, ids: Sequence[int], images: int) -> int:

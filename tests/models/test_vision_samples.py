@@ -249,8 +249,8 @@ def test_the_positions_of_the_model_limit_image_tokens_too(source: Source, folde
         (chat("broken.png"), r"the image .*broken\.png cannot be read: "),
         (chat("https://example.org/a.png"), r"the image https://example\.org/a\.png is not a file; fetch it before"),
         ({"messages": [question("small.png"), {"content": "x"}]}, "every message must be an object with a `role`"),
-        ({"text": "no mark", "images": ["small.png"]}, "number of .* tokens in the"),
-        ({"messages": [question("small.png", text="MARK?"), answer("x")]}, "number of .* tokens in the"),
+        ({"text": "no mark", "images": ["small.png"]}, "(number of .* tokens in|its text has no place for one)"),
+        ({"messages": [question("small.png", text="MARK?"), answer("x")]}, "(number of .* tokens in|places for more)"),
         ({"text": "", "images": []}, "the text is empty"),
     ],
 )

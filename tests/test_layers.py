@@ -48,6 +48,7 @@ HELPERS_OF_STAGES = {
     "head_fitting",
     "merge_checks",
     "merge_plan",
+    "model_parts",
     "refusals",
     "scoring",
     "selection",

@@ -20,27 +20,42 @@ NAMES = {
     "grams": "Gram matrices",
     "gram_bytes": "their size",
     "correction": "‖D‖/‖sB'‖",
+    "stored_bytes": "size of its weights",
 }
+PART = ("count", "parameters", "reason")
 
 EXAMPLE = """Example:
 
 \b
   emloc-tools inspect emulator
+  emloc-tools inspect meta-llama/Llama-3.1-8B
 """
 
 
 @click.command(epilog=EXAMPLE)
-@click.argument("path", type=options.FOLDER, metavar="FOLDER")
+@click.argument("path", type=options.FOLDER, metavar="FOLDER|BASE")
+@click.option("--revision", metavar="REV", help="Of a Hub id: branch, tag or commit.")
+@options.layer_options
+@click.option("--trust-remote-code", is_flag=True, help="Run Python code from a base's folder. Off by default.")
 @options.report_options
-def inspect(path: Path, as_json: bool, quiet: bool) -> None:
-    """Show what a calibration, emulator or adapter holds.
+def inspect(
+    path: Path,
+    revision: str | None,
+    targets: str | None,
+    exclude: str | None,
+    trust_remote_code: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Show what a base, calibration, emulator or adapter holds.
 
-    Also what it was made from, and a line per layer. Nothing in the folder is executed.
+    Also what it was made from, and a line per layer. Of a base, a folder or a Hub id, it shows which layers would
+    become factors, and of base and emulator what is dense and why. Weights are neither read nor fetched.
     """
     from emloc_tools.cli import console
     from emloc_tools.stages.inspect import inspect as run
 
-    result = run(path)
+    result = run(path, revision=revision, targets=targets, exclude=exclude, trust_remote_code=trust_remote_code)
     console.emit(result, as_json=as_json, quiet=quiet, draw=lambda out: _draw(out, result))
 
 
@@ -48,8 +63,13 @@ def _draw(out: Console, result: Inspection) -> None:
     from emloc_tools.cli import console
 
     shown = {**result.facts}
-    if "gram_bytes" in shown:
-        shown["gram_bytes"] = console.size(shown["gram_bytes"])
+    for key in ("gram_bytes", "stored_bytes"):
+        if key in shown:
+            shown[key] = console.size(shown[key])
+    if "dense_by_reason" in shown:
+        shown["dense_by_reason"] = [
+            f"{console.number(value)}: {reason}" for reason, value in shown["dense_by_reason"].items()
+        ]
     if "data" in shown:
         shown["data"] = [_data(record) for record in shown["data"]] or "none: plain SVD of the weights"
     if "made_by" in shown:
@@ -62,6 +82,9 @@ def _draw(out: Console, result: Inspection) -> None:
     out.print()
     rows = [{NAMES.get(key, _words(key)): value for key, value in row.items()} for row in result.layers]
     console.layer_table(out, rows, bars=["relative error"])
+    if result.dense:
+        console.heading(out, "\nStays dense" if result.kind == "base" else "\nDense")
+        console.layer_table(out, [{"part": part["name"], **{key: part[key] for key in PART}} for part in result.dense])
 
 
 def _data(record: dict[str, Any]) -> str:

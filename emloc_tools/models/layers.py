@@ -24,9 +24,9 @@ def select_layers(model: nn.Module, *, targets: str | None = None, exclude: str 
     `exclude` takes away. A layer that shares its weight with another module is never chosen by default. Raises
     `InputError` for a pattern that matches nothing or is not a regular expression.
     """
-    layers = _all_layers(model)
+    layers = all_layers(model)
     if targets is None:
-        tied = _tied_parameters(model)
+        tied = tied_parameters(model)
         chosen = [
             name
             for name in layers
@@ -55,7 +55,7 @@ def describe(name: str, module: nn.Module) -> Layer:
     return Layer(name, rows, columns, "linear", module.bias is not None)
 
 
-def _all_layers(model: nn.Module) -> dict[str, Layer]:
+def all_layers(model: nn.Module) -> dict[str, Layer]:
     """Every linear layer and stack of experts by name."""
     found = []
     for name, module in model.named_modules():
@@ -74,7 +74,8 @@ def in_block(model: nn.Module, name: str) -> bool:
     return any(isinstance(model.get_submodule(path), nn.ModuleList) for path in lists)
 
 
-def _tied_parameters(model: nn.Module) -> set[int]:
+def tied_parameters(model: nn.Module) -> set[int]:
+    """The identities of the parameters that several modules have."""
     owners: dict[int, set[int]] = {}
     for module in model.modules():
         for parameter in module._parameters.values():

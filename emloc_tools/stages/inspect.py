@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,10 @@ from emloc_tools.files.headed import NOTE as HEADED
 from emloc_tools.files.json_files import read_json
 from emloc_tools.files.manifest import AdapterV2, BaseRecord, GradientRecord
 from emloc_tools.files.merged import NOTE as MERGED
+from emloc_tools.stages.model_parts import dense_parts_of_emulator, parts_of_base
+
+BASE = ("config.json", "model_index.json")
+HUB_ID = re.compile(r"[\w.\-]+/[\w.\-]+")
 
 
 @dataclass(frozen=True)
@@ -27,16 +32,29 @@ class Inspection:
 
     `correction` in the row of a corrected LoRA pair is ‖D‖ / ‖s B'‖, the size of the correction relative to the update.
     `sensitivity` in the row of a weighted layer is what its weighted error is worth to the loss, compared with others.
+    `dense` has a row for all parts of a base or an emulator that are not factored: name (with a star for the numbers of
+    blocks), how many there are, the parameters of all, and the reason.
     """
 
     kind: str
     path: Path
     facts: dict[str, Any]
     layers: list[dict[str, Any]] = field(default_factory=list)
+    dense: list[dict[str, Any]] = field(default_factory=list)
 
 
-def inspect(path: Path) -> Inspection:
+def inspect(
+    path: Path,
+    *,
+    revision: str | None = None,
+    targets: str | None = None,
+    exclude: str | None = None,
+    trust_remote_code: bool = False,
+) -> Inspection:
     """Describe a calibration, an emulator, an adapter or a merged model; structure is checked as on every use.
+
+    Of a base, a folder or a Hub id (`org/name`), it says which layers `targets` and `exclude` choose to become factors,
+    and what stays dense for which reason; only there the options mean something. No weights are read or fetched.
 
     Values are read of a corrected adapter only, to see that they are those that `correct` wrote.
 
@@ -50,13 +68,22 @@ def inspect(path: Path) -> Inspection:
         MERGED: _merged,
         HEADED: _headed,
     }
+    options = {"--revision": revision, "--targets": targets, "--exclude": exclude}
     for marker, reader in readers.items():
         if (path / marker).is_file():
+            given = [option for option, value in options.items() if value is not None]
+            if given:
+                raise InputError(f"{path} holds {marker}; {given[0]} says something of a base only, leave it out")
             return reader(path)
-    found = "is a file" if path.is_file() else f"holds none of {', '.join(readers)}"
+    if any((path / name).is_file() for name in BASE) or (not path.exists() and HUB_ID.fullmatch(str(path))):
+        facts, layers, dense = parts_of_base(
+            str(path), revision=revision, targets=targets, exclude=exclude, trust_remote_code=trust_remote_code
+        )
+        return Inspection("base", path, facts, layers, dense)
+    found = "is a file" if path.is_file() else f"holds none of {', '.join([*readers, *BASE])}"
     if not path.exists():
         found = "does not exist"
-    raise InputError(f"{path} {found}; inspect takes a folder that emloc-tools wrote, or an adapter")
+    raise InputError(f"{path} {found}; inspect takes a base, a folder that emloc-tools wrote, or an adapter")
 
 
 def _calibration(path: Path) -> Inspection:
@@ -115,6 +142,8 @@ def _emulator(path: Path) -> Inspection:
     manifest = emulator.manifest
     calibrated = manifest.calibration
     sensitivity = emulator.weighting.sensitivity if emulator.weighting else {}
+    factored = [*manifest.layers, *emulator.stacks]
+    of_dense, dense = dense_parts_of_emulator(path, manifest.base.architecture, factored)
     facts = {
         **_base(manifest.base),
         "parameters": manifest.parameters,
@@ -125,6 +154,7 @@ def _emulator(path: Path) -> Inspection:
         "data": [record.model_dump() for record in calibrated.data] if calibrated else [],
         "factored_layers": len(manifest.layers),
         **({"stacks_of_experts": len(emulator.stacks)} if emulator.stacks else {}),
+        **of_dense,
         "made_by": manifest.made_by.command,
     }
     rows = [
@@ -139,7 +169,7 @@ def _emulator(path: Path) -> Inspection:
         for name, layer in manifest.layers.items()
     ]
     rows += [_factored_stack(emulator, name) for name in emulator.stacks]
-    return Inspection("emulator", path, facts, rows)
+    return Inspection("emulator", path, facts, rows, dense)
 
 
 def _factored_stack(emulator: Emulator, name: str) -> dict[str, Any]:

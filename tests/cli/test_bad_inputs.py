@@ -155,8 +155,9 @@ TABLE = [
     Bad(
         "evaluate --emulator {emulator} --adapter {corrected} --data {data}", ("corrected is corrected", "give --base")
     ),
-    Bad("inspect {base}", (r"base holds none of calibration\.json", "inspect takes a folder")),
-    Bad("inspect nowhere", ("nowhere does not exist", "inspect takes a folder")),
+    Bad("inspect {calibration} --targets q_proj", (r"holds calibration\.json", "of a base only, leave it out")),
+    Bad("inspect nowhere", ("nowhere does not exist", "inspect takes a base, a folder")),
+    Bad("inspect no/where", ("no/where is no local folder", "")),
     # devices
     *[
         Bad(line.replace(" --device cpu", "") + f" --device {device}", (f"--device {device} cannot be used here", ""))

@@ -68,6 +68,8 @@ def test_an_emulator(run: Run) -> None:
         "calibration": bytes_hash(run.calibration / "calibration.json"),
         "data": read_json(run.calibration / "calibration.json")["data"],
         "factored_layers": 21,
+        "dense_parameters": 2 * 260 * 32 + 7 * 32,
+        "dense_by_reason": {"embedding": 260 * 32, "norm": 7 * 32, "output head": 260 * 32},
         "made_by": manifest["made_by"]["command"],
     }
     for row in found.layers:
@@ -145,11 +147,11 @@ def test_other_tensors_of_an_adapter_are_counted(run: Run, tmp_path: Path) -> No
 
 
 def test_anything_else_is_refused(run: Run, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"base holds none of calibration\.json, emulator\.json, adapter_config\.json"):
-        inspect(run.base)
-    with pytest.raises(InputError, match="does not exist; inspect takes a folder"):
+    with pytest.raises(InputError, match=r" holds none of calibration\.json, emulator\.json, adapter_config\.json"):
+        inspect(run.base.parent)
+    with pytest.raises(InputError, match="does not exist; inspect takes a base"):
         inspect(tmp_path / "nothing")
-    with pytest.raises(InputError, match=r"train\.jsonl is a file; inspect takes a folder"):
+    with pytest.raises(InputError, match=r"train\.jsonl is a file; inspect takes a base"):
         inspect(run.data)
 
 

@@ -262,7 +262,7 @@ def test_merge_writes_the_transformer_that_the_pipeline_fuses(flux: Case, traine
     assert (tmp_path / "merged" / "config.json").read_bytes() == (
         flux.pipeline / "transformer" / "config.json"
     ).read_bytes()
-    with pytest.raises(MismatchError, match="has .* in its weights already"):
+    with pytest.raises(MismatchError, match=r"has .* in its weights already"):
         merge(base=str(tmp_path / "merged"), adapter=trained.corrected, output=tmp_path / "twice")
 
 

@@ -81,6 +81,13 @@ def test_the_emulator_has_the_bytes_of_its_ranks_and_size_finds_them(ratio: str,
     assert not emulator["fits in less"]
 
 
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_the_page_names_these_sizes(ratio: str) -> None:
+    page = (ROOT / "docs" / "vision-language.md").read_text(encoding="utf-8")
+    down_proj, fc1 = rank((5120, 27648), ratio), rank((12800, 3200), ratio)
+    assert f"| {ratio} | {emulator_bytes(ratio) / 1e9:.1f} GB | {down_proj} | {fc1} |" in page
+
+
 def test_nothing_is_allocated_on_the_way(found: Any) -> None:
     """The process, its code included, stays below the size of one of the model's 109 blocks."""
     assert found["on meta"]

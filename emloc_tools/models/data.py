@@ -17,7 +17,7 @@ import torch
 from emloc_tools.errors import InputError
 from emloc_tools.models.diffusion import DiffusersConfig
 from emloc_tools.models.image_samples import ImageReader
-from emloc_tools.models.images import names_images
+from emloc_tools.models.images import names_media
 from emloc_tools.models.jsonl import blaming_line, choose, lines_of, read_records
 from emloc_tools.models.labels import labels_of
 from emloc_tools.models.limits import Limits, limits_of
@@ -84,7 +84,7 @@ def load_batches(
     if not lines:
         raise InputError(f"{path} holds no sample; expected one JSON object per line")
     records = list(read_records(path, lines))
-    image_at = next((number for number, record in records if names_images(record)), None)
+    image_at = next((number for number, record in records if names_media(record)), None)
     if image_at is None:
         tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
         longest, labels = _longest(max_length, limits, tokenizer), labels_of(config)
@@ -93,7 +93,7 @@ def load_batches(
         return _batches(path, records, LabelledReader(tokenizer, config, longest, labels), limits, batch_size)
     if not reads_images(config):
         name = (config.architectures or ["the model"])[0]
-        raise InputError(f"{path}:{image_at}: names an image, but {name} reads text alone")
+        raise InputError(f"{path}:{image_at}: names an image or other media, but {name} reads text alone")
     processor = load_processor(source, config, trust_remote_code=trust_remote_code)
     longest = _longest(max_length, limits, processor.tokenizer)
     return _batches(path, records, ImageReader(path.parent, processor, config, longest), limits, batch_size)

@@ -20,12 +20,14 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 CONVERSATIONS = ("messages", "prompt", "completion")
+MEDIA = ("image", "image_url", "video", "audio")  # types of parts that are not text
 SOURCES = ("image", "path", "url", "image_url")  # keys under which a part names its image
 
 
-def names_images(record: Mapping[str, Any]) -> bool:
-    """Whether a record has images. What is wrong with them is found when they are taken."""
-    return bool(record.get("images") or record.get("image")) or any(map(_is_image, _parts(record)))
+def names_media(record: Mapping[str, Any]) -> bool:
+    """Whether a record has images, or other media. What is wrong with them is found when they are taken."""
+    listed = bool(record.get("images") or record.get("image"))
+    return listed or any(isinstance(part, dict) and part.get("type") in MEDIA for part in _parts(record))
 
 
 def as_parts(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from emloc_tools.errors import InputError
-from emloc_tools.models.images import names_images, open_image, places_in, take_images
+from emloc_tools.models.images import names_media, open_image, places_in, take_images
 
 PLACE = {"type": "image"}
 HELLO = {"type": "text", "text": "hello"}
@@ -38,7 +38,7 @@ def parts(record: dict[str, Any]) -> list[Any]:
 )
 def test_a_part_names_its_image_under_any_of_the_usual_keys(named: dict[str, Any]) -> None:
     record = {"messages": [user(HELLO, named)]}
-    assert names_images(record)
+    assert names_media(record)
     taken, images = take_images(record)
     assert images == ["a.png"]
     assert parts(taken) == [HELLO, PLACE]
@@ -82,10 +82,16 @@ def test_a_plain_text_names_its_images_in_a_list() -> None:
 
 @pytest.mark.parametrize(
     "record",
-    [{"text": "a"}, {"text": "a", "images": []}, {"text": "a", "image": None}, {"messages": [user(HELLO), "stray"]}],
+    [
+        {"text": "a"},
+        {"messages": [user("hello")]},
+        {"text": "a", "images": []},
+        {"text": "a", "image": None},
+        {"messages": [user(HELLO), "stray"]},
+    ],
 )
 def test_records_without_images_are_told_apart(record: dict[str, Any]) -> None:
-    assert not names_images(record)
+    assert not names_media(record)
 
 
 @pytest.mark.parametrize(

@@ -251,6 +251,7 @@ def test_the_positions_of_the_model_limit_image_tokens_too(source: Source, folde
         ({"messages": [question("small.png"), {"content": "x"}]}, "every message must be an object with a `role`"),
         ({"text": "no mark", "images": ["small.png"]}, "(number of .* tokens in|its text has no place for one)"),
         ({"messages": [question("small.png", text="MARK?"), answer("x")]}, "(number of .* tokens in|places for more)"),
+        ({"messages": [{"role": "user", "content": [{"type": "video", "path": "a.mp4"}]}]}, "a part of type 'video'"),
         ({"text": "", "images": []}, "the text is empty"),
     ],
 )
@@ -266,9 +267,15 @@ def test_a_bad_record_is_refused_with_file_and_line(
 def test_an_image_for_a_model_that_reads_text_alone_is_refused(folder: Path, tmp_path: Path) -> None:
     pico.save_model(tmp_path / "llama")
     llama = open_source(str(tmp_path / "llama"))
-    message = r"data\.jsonl:2: names an image, but LlamaForCausalLM reads text alone"
+    message = r"data\.jsonl:2: names an image or other media, but LlamaForCausalLM reads text alone"
     with pytest.raises(InputError, match=message):
         load(folder, llama, [{"text": "a"}, chat("small.png")])
+
+
+def test_other_media_are_refused_in_a_file_without_images_too(source: Source, folder: Path) -> None:
+    sound = {"role": "user", "content": [{"type": "audio", "path": "a.wav"}, {"type": "text", "text": "What?"}]}
+    with pytest.raises(InputError, match=r"data\.jsonl:2: a part of type 'audio' found, expected"):
+        load(folder, source, [{"text": "a"}, {"messages": [sound]}])
 
 
 def test_what_cannot_share_a_batch_says_so(family: str, source: Source, folder: Path) -> None:

@@ -195,6 +195,13 @@ def _emulator() -> list[Bad]:
             _without(manifest, weights, EXPERTS),
         ),
         Bad("E19", "stack-and-layer", "ok-experts", manifest, f"experts.{EXPERTS}", in_json(manifest, _layer_too)),
+        in_manifest("E2", "version-6", "format_version", lambda m: m.update(format_version=6)),
+        Bad("E20", "path-in-code", "ok-own-code", manifest, "code.../own.py", in_json(manifest, _code_outside)),
+        Bad("E12", "configuration-from-elsewhere", "ok-own-code", config, "auto_map.AutoConfig", _other_config(config)),
+        Bad("E20", "changed-code", "ok-own-code", manifest, "code.modeling_own.py", _append("modeling_own.py")),
+        Bad(
+            "E20", "code-missing", "ok-own-code", manifest, "code.configuration_own.py", remove("configuration_own.py")
+        ),
         in_manifest("E14", "wrong-sum", "parameters", lambda m: m.update(parameters=m["parameters"] + 1)),
         *_emulator_of_diffusers(),
     ]
@@ -376,6 +383,19 @@ def _rename_expert(manifest: dict[str, Any]) -> None:
 
 def _fourth_expert(manifest: dict[str, Any]) -> None:
     manifest["weighting"]["sensitivity"][f"{EXPERTS}.3"] = 1.0
+
+
+def _code_outside(manifest: dict[str, Any]) -> None:
+    manifest["code"]["../own.py"] = manifest["code"].pop("modeling_own.py")
+
+
+def _other_config(config: str) -> Damage:
+    """Code for the configuration in a file that the manifest does not know."""
+    return in_json(config, lambda c: c["auto_map"].update(AutoConfig="modeling_emloc.OwnConfig"))
+
+
+def _append(file: str) -> Damage:
+    return in_bytes(file, lambda data: data + b"print('changed')\n")
 
 
 def _layer_too(manifest: dict[str, Any]) -> None:

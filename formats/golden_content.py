@@ -154,6 +154,7 @@ def emulator(
     weighted: bool = False,
     max_shard_size: int = LARGE,
     library: Library = "transformers",
+    code: Mapping[str, str] | None = None,
 ) -> None:
     """`layers` maps a name to (out, in, orientation, rank).
 
@@ -203,11 +204,15 @@ def emulator(
     if library == "diffusers":
         architecture, auto = "FluxTransformer2DModel", "AutoModel"
         config = {"_class_name": architecture, "in_channels": 4}
+    auto_map = {auto: f"modeling_emloc.Emloc{architecture}"}
+    if code:
+        auto_map["AutoConfig"] = f"{next(iter(code)).removesuffix('.py')}.OwnConfig"
     class_name = f"Emloc{architecture}"
     writer.finish(
         base_config=config,
         class_name=class_name,
-        auto_map={auto: f"modeling_emloc.{class_name}"},
+        auto_map=auto_map,
+        code={name: text.encode() for name, text in (code or {}).items()},
         modeling_file="modeling_emloc",
         modeling=MODELING,
         fields={

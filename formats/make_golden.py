@@ -71,6 +71,8 @@ def make(root: Path) -> None:
         library="diffusers",
         max_shard_size=64,
     )
+    files = {"configuration_own.py": "# the base's own configuration\n", "modeling_own.py": "# its own class\n"}
+    emulator(folder / "ok-own-code", up, dtype=torch.float32, calibrated=True, code=files)
     emulator_of_experts(folder / "ok-experts", linear=True, weighted=True)
     emulator_of_experts(folder / "ok-experts-alone", linear=False)
 

@@ -20,13 +20,14 @@ from emloc_tools.files.manifest import (
     EmulatorV2,
     EmulatorV3,
     EmulatorV4,
+    EmulatorV5,
     Strict,
 )
 
 # The models of the versions 1, 2, … of each format.
 MODELS: dict[str, tuple[type[Strict], ...]] = {
     "calibration": (CalibrationV1, CalibrationV2, CalibrationV3, CalibrationV4),
-    "emulator": (EmulatorV1, EmulatorV2, EmulatorV3, EmulatorV4),
+    "emulator": (EmulatorV1, EmulatorV2, EmulatorV3, EmulatorV4, EmulatorV5),
     "adapter": (AdapterV1, AdapterV2, AdapterV3),
 }
 

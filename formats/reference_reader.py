@@ -85,7 +85,7 @@ def read_calibration(folder: Path) -> dict[tuple[str, str], tuple[int, np.ndarra
 
 def read_emulator(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """`W_E` in float64 of every factored layer (out, in) and stack (experts, out, in); and all other tensors."""
-    manifest = read_manifest(folder / "emulator.json", "emulator", 4)
+    manifest = read_manifest(folder / "emulator.json", "emulator", 5)
     single = f"{'diffusion_pytorch_model' if 'library' in manifest else 'model'}.safetensors"
     index = folder / f"{single}.index.json"
     shards = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else [single]

@@ -17,9 +17,11 @@ from emloc_tools.files.manifest import (
     EmulatorV2,
     EmulatorV3,
     EmulatorV4,
+    EmulatorV5,
     FactoredLayer,
     FactoredStack,
     WeightingRecord,
+    file_hash,
 )
 from emloc_tools.files.manifest_reader import read_manifest
 from emloc_tools.files.opening import file_inside, path_inside
@@ -32,8 +34,10 @@ FACTORS = ("U", "S", "Vh")
 STEMS: dict[Library, str] = {"transformers": "model", "diffusers": "diffusion_pytorch_model"}  # of the weights' files
 QUANT_METHOD = "emloc"  # by which diffusers knows that a model needs our loader
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-MODELS = (EmulatorV1, EmulatorV2, EmulatorV3, EmulatorV4)
+MODELS = (EmulatorV1, EmulatorV2, EmulatorV3, EmulatorV4, EmulatorV5)
 MODEL_AUTO_CLASS = re.compile(r"AutoModel\w*", re.ASCII)
+CODE_NAME = re.compile(r"[A-Za-z_]\w{0,100}\.py", re.ASCII)
+CONFIG_REFERENCE = re.compile(r"([A-Za-z_]\w{0,100})\.[A-Za-z_]\w{0,200}", re.ASCII)
 CLASS_REFERENCE = re.compile(r"([A-Za-z_]\w{0,100})\.(Emloc\w{1,200})", re.ASCII)
 
 
@@ -45,6 +49,7 @@ class Emulator:
         # The manifest's hash identifies the whole emulator, for it holds the hash of every tensor.
         self.manifest, self.hash = read_manifest(self.path, MODELS, rules=("E1", "E2", "E3"))
         self._check_config()
+        self._check_code()
         self._single = f"{STEMS[self.library]}.safetensors"
         if not (self._locate(self._single) or self._locate(f"{self._single}.index.json")):
             raise FormatError("E4", folder / self._single, "", "does not exist, nor does an index of shards")
@@ -67,7 +72,12 @@ class Emulator:
     @property
     def stacks(self) -> dict[str, FactoredStack]:
         """The factored experts by the name of the tensor that held them."""
-        return self.manifest.experts if isinstance(self.manifest, EmulatorV3) else {}
+        return self.manifest.experts if isinstance(self.manifest, (EmulatorV3, EmulatorV5)) else {}
+
+    @property
+    def code(self) -> dict[str, str]:
+        """The Python files of a base with code of its own, and the hashes of the files. They are never run."""
+        return self.manifest.code if isinstance(self.manifest, EmulatorV5) else {}
 
     @property
     def weighting(self) -> WeightingRecord | None:
@@ -142,6 +152,11 @@ class Emulator:
         if not isinstance(auto_map, dict) or not auto_map:
             raise FormatError("E12", path, "auto_map", "must map Auto classes to classes in this folder")
         for auto, reference in auto_map.items():
+            if self.code and auto == "AutoConfig":
+                match = CONFIG_REFERENCE.fullmatch(reference) if isinstance(reference, str) else None
+                if match is None or f"{match[1]}.py" not in self.code:
+                    raise FormatError("E12", path, f"auto_map.{auto}", "must be `module.Class` of a file in `code`")
+                continue
             if MODEL_AUTO_CLASS.fullmatch(auto) is None:
                 message = "is no Auto class of models; configurations and tokenizers need no code from an emulator"
                 raise FormatError("E12", path, f"auto_map.{auto}", message)
@@ -152,6 +167,14 @@ class Emulator:
             file = path_inside(self.folder, f"{match[1]}.py", "E12")
             if file is None or not file.is_file():
                 raise FormatError("E12", path, f"auto_map.{auto}", f"names {match[1]}.py, which is not in the folder")
+
+    def _check_code(self) -> None:
+        for name, digest in self.code.items():
+            if CODE_NAME.fullmatch(name) is None:
+                raise self._error("E20", f"code.{name}", "is not the plain name of a Python file")
+            path = path_inside(self.folder, name, "E20")
+            if path is None or file_hash(path) != digest:
+                raise self._error("E20", f"code.{name}", "is not in the folder as it was written; the code was changed")
 
     def _check_files(self) -> None:
         if self._locate(f"{self._single}.index.json") and self._locate(self._single):

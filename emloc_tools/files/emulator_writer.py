@@ -18,8 +18,10 @@ from emloc_tools.files.manifest import (
     EmulatorV2,
     EmulatorV3,
     EmulatorV4,
+    EmulatorV5,
     FactoredStack,
     WeightingRecord,
+    file_hash,
     manifest_dict,
 )
 from emloc_tools.files.tensors import ShardedWriter, TensorSpec
@@ -134,11 +136,15 @@ class EmulatorWriter:
         modeling: str,
         fields: Mapping[str, Any],
         weighting: WeightingRecord | None = None,
+        code: Mapping[str, bytes] | None = None,
     ) -> EmulatorManifest:
         """Write all other files. `base_config` is the base's config.json; `fields` are the manifest's other fields.
 
-        The version is 4 for diffusers, 3 with `experts`, else 2 with a `weighting`, and 1 without. `class_name` is the
-        emulator's own class, which diffusers has no use for. Raises `UnsupportedError` for a quantised base.
+        `code` are the Python files of a base whose class is its own.
+
+        The version is 5 with `code`, 4 for diffusers, 3 with `experts`, else 2 with a `weighting`, and 1 without.
+        `class_name` is the emulator's own class, which diffusers has no use for. Raises `UnsupportedError` for a
+        quantised base.
         """
         if base_config.get("quantization_config") is not None:
             raise UnsupportedError(
@@ -148,7 +154,13 @@ class EmulatorWriter:
         fields = {**fields, "parameters": self.parameters, "tensors": dict(sorted(self.tensors.hashes.items()))}
         experts = fields.pop("experts", None)
         manifest: EmulatorManifest
-        if self._library == "diffusers":
+        for name, data in (code or {}).items():
+            (self._folder / name).write_bytes(data)
+        if code:
+            hashes = {name: file_hash(self._folder / name) for name in sorted(code)}
+            more = {"code": hashes, "experts": experts or {}, "weighting": weighting}
+            manifest = EmulatorV5.model_validate({**fields, **more})
+        elif self._library == "diffusers":
             manifest = EmulatorV4.model_validate({**fields, "library": self._library, "weighting": weighting})
         elif experts:
             manifest = EmulatorV3.model_validate({**fields, "experts": experts, "weighting": weighting})
@@ -197,7 +209,7 @@ def _card(manifest: EmulatorManifest, library: Library) -> str:
 
 def factored_stacks(manifest: EmulatorManifest) -> dict[str, FactoredStack]:
     """The stacks of experts in a manifest of any version."""
-    return manifest.experts if isinstance(manifest, EmulatorV3) else {}
+    return manifest.experts if isinstance(manifest, (EmulatorV3, EmulatorV5)) else {}
 
 
 def _factored(manifest: EmulatorManifest) -> str:

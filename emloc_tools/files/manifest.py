@@ -279,6 +279,18 @@ class EmulatorV4(EmulatorManifest):
     weighting: WeightingRecord | None
 
 
+class EmulatorV5(EmulatorManifest):
+    """`emulator.json` of an emulator whose base's class is code of its own; with factored experts, weighted, or not.
+
+    `code` are the base's Python files, with the hashes of the files.
+    """
+
+    format_version: Literal[5] = 5
+    code: Annotated[dict[Name, Hash], Field(min_length=1)]
+    experts: dict[Name, FactoredStack]
+    weighting: WeightingRecord | None
+
+
 class CorrectedLayer(Strict):
     """What the correction D did to one LoRA pair.
 

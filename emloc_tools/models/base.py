@@ -40,6 +40,11 @@ class BaseModel:
         """Whether the checkpoint is quantised, and read as full precision: then so is what is made of it."""
         return isinstance(self.tensors, DequantisedFolder)
 
+    @property
+    def has_own_code(self) -> bool:
+        """Whether the model's class is code in its folder, and not one of its library."""
+        return type(self.model).__module__.startswith("transformers_modules.")
+
     def weights(self, layers: Collection[Layer] = ()) -> ModelWeights:
         """The checkpoint by model names; hashes of the given layers' weights are collected as they are read."""
         return ModelWeights(self.model, self.tensors, hashed=[weight_name(layer) for layer in layers])

@@ -23,6 +23,11 @@ def load_emulator(path: str | Path, **options: Any) -> Any:
     architecture = emulator.manifest.base.architecture
     if emulator.library == "diffusers":  # which knows how to load it since emloc_tools was imported
         return diffusers_class(architecture, str(path)).from_pretrained(path, **options)  # type: ignore[attr-defined]
+    if emulator.code:
+        raise UnsupportedError(
+            f"the emulator in {path} is of a model with code of its own, which is never run from here; load it by "
+            "transformers' Auto classes with trust_remote_code=True, if you trust that code"
+        )
     cls = emulator_class(architecture)
     return cls.from_pretrained(path, **options)  # type: ignore[attr-defined]
 

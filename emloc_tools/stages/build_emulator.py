@@ -29,6 +29,7 @@ from emloc_tools.models.base import BaseModel, choose_device, open_base, weight_
 from emloc_tools.models.companions import copy_companions
 from emloc_tools.models.layers import select_layers
 from emloc_tools.models.modeling import FILE, emulator_name, modeling_source
+from emloc_tools.models.own_code import own_code
 from emloc_tools.models.weights import ModelWeights
 from emloc_tools.records import Allocation, Layer, LowRank, Progress, Weighting, silent
 from emloc_tools.stages.budget import budget_ratio
@@ -88,7 +89,7 @@ def build_emulator(
         stack.enter_context(opened.tensors)
         layers = chosen_layers(opened, statistics, targets, exclude)
         weights = opened.weights(layers)
-        modeling, auto_map = _modeling(opened, layers, weights, fused=_is_fused(opened, weights, layers))
+        modeling, auto_map, code = _modeling(opened, layers, weights, fused=_is_fused(opened, weights, layers))
         require_own_weights(layers, weights.source_of)
         specs = {name: TensorSpec(name, *weights.stored_spec(name)) for name in weights.stored_names()}
         stored_dtype = _factor_dtype(specs[weight_name(layers[0])], dtype)
@@ -173,6 +174,7 @@ def build_emulator(
                 "experts": stacks,
                 "ignored_tensors": weights.ignored,
             },
+            code=code,
             weighting=WeightingRecord(damping=damping, sensitivity=decomposer.sensitivity) if weighted else None,
         )
     left_dense = tuple(layer.name for layer in layers if layer.name not in factored)
@@ -193,14 +195,17 @@ def _is_fused(opened: BaseModel, weights: ModelWeights, layers: Sequence[Layer])
 
 def _modeling(
     opened: BaseModel, layers: Sequence[Layer], weights: ModelWeights, *, fused: bool
-) -> tuple[str, dict[str, str]]:
-    """The text of the modeling file and the `auto_map`, for the library of the base."""
-    if opened.library == "transformers":
-        names = [layer.name for layer in layers]
-        return modeling_source(opened.config, opened.architecture, names, weights.stored_names(), fused=fused)
-    from emloc_tools.models import diffusers_modeling  # imports diffusers, which only such bases need
+) -> tuple[str, dict[str, str], dict[str, bytes]]:
+    """The text of the modeling file, the `auto_map`, and Python files of the base, for the library of the base."""
+    if opened.library == "diffusers":
+        from emloc_tools.models import diffusers_modeling  # imports diffusers, which only such bases need
 
-    return diffusers_modeling.modeling_source(opened.architecture)
+        return *diffusers_modeling.modeling_source(opened.architecture), {}
+    if opened.has_own_code:
+        own = own_code(opened.source, opened.architecture)
+        return own.modeling, own.auto_map, own.files
+    names = [layer.name for layer in layers]
+    return *modeling_source(opened.config, opened.architecture, names, weights.stored_names(), fused=fused), {}
 
 
 def _factor_dtype(weight: TensorSpec, dtype: str) -> torch.dtype:

@@ -53,6 +53,11 @@ def open_base_target(base: str, revision: str | None, dtype: str, trust_remote_c
 def open_emulator_target(folder: Path, dtype: str) -> Target:
     """The emulator, whose own code is not run. Raises as `open_base_target`."""
     bundle = Emulator(folder)
+    if bundle.code:
+        raise UnsupportedError(
+            f"the emulator in {folder} is of a model with code of its own, which is never run from an emulator; "
+            "measure the base alone"
+        )
     architecture = bundle.manifest.base.architecture
     _require_predictions(architecture)
     source = Source(str(folder), None, folder)

@@ -117,6 +117,7 @@ def truncate(
                 "experts": stacks,
             },
             weighting=larger.weighting,
+            code={name: (emulator / name).read_bytes() for name in larger.code},
         )
     return WrittenEmulator(output, manifest, writer.tensors.total_size)
 

@@ -1,0 +1,2 @@
+# its own class
+print('changed')

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from tests.architectures import decoders, encoders, experts, recurrent, vision, vision_language
+import sys
+
+from tests.architectures import decoders, diffusion, encoders, experts, recurrent, vision, vision_language
 
 FAMILIES = (
     *decoders.FAMILIES,
@@ -11,5 +13,8 @@ FAMILIES = (
     *encoders.FAMILIES,
     *vision.FAMILIES,
     *vision_language.FAMILIES,
+    *diffusion.FAMILIES,
 )
 BY_NAME = {family.name: family for family in FAMILIES}
+# diffusers has no release for Python 3.10 that goes with huggingface-hub 2.
+HERE = [family.name for family in FAMILIES if sys.version_info >= (3, 11) or family not in diffusion.FAMILIES]

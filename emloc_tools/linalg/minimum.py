@@ -27,13 +27,17 @@ class Minimum:
 
 
 def minimise(
-    objective: Callable[[], torch.Tensor], parameters: Sequence[torch.Tensor], *, tolerance: float | None = None
+    objective: Callable[[], torch.Tensor],
+    parameters: Sequence[torch.Tensor],
+    *,
+    tolerance: float | None = None,
+    rounds: int | None = None,
 ) -> Minimum:
     """Change `parameters`, in place, to where the scalar `objective()` is least; a convex one has no better place.
 
     It ends where the largest entry of the gradient is below `tolerance` (that of `TOLERANCE`) times that at the start,
-    or after `ROUNDS` times `STEPS` steps. All have one dtype, float32 or float64, in which everything is computed.
-    Deterministic. Raises `NumericalError` if the value is not finite.
+    or after `rounds` (`ROUNDS`) times `STEPS` steps. All have one dtype, float32 or float64, in which everything is
+    computed. Deterministic. Raises `NumericalError` if the value is not finite.
     """
     evaluations = 0
 
@@ -51,7 +55,7 @@ def minimise(
 
     value = evaluate()
     wanted = (tolerance or TOLERANCE[parameters[0].dtype]) * _largest_gradient(parameters)
-    for _ in range(ROUNDS):
+    for _ in range(ROUNDS if rounds is None else rounds):
         if _largest_gradient(parameters) <= wanted:
             break
         before = value

@@ -10,6 +10,7 @@ import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -20,7 +21,7 @@ from emloc_tools.models.head_features import Features, Head
 
 DECAYS = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)  # that are tried, the strongest first
 FOLDS = 5
-ROUGH = 1e-3  # the same of the gradient, where only the loss on other samples is wanted
+ROUGH: dict[str, Any] = {"tolerance": 1e-3, "rounds": 1}  # where only the loss on other samples is wanted
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def cross_validated(head: Head, features: Features, wanted: torch.Tensor, seed: 
         head.set(start)
         seen, unseen = features.select(own), features.select(other)
         for decay in DECAYS:  # each starts from the one before
-            fit(head, seen, wanted[own], decay, tolerance=ROUGH)
+            fit(head, seen, wanted[own], decay, **ROUGH)
             sums[decay] += quality(head, unseen, wanted[other]).loss * len(other)
     head.set(start)
     return {decay: total / len(wanted) for decay, total in sums.items()}
@@ -83,12 +84,11 @@ def _dealt(wanted: Sequence[int], seed: int) -> torch.Tensor:
     return part
 
 
-def fit(
-    head: Head, features: Features, wanted: torch.Tensor, weight_decay: float, *, tolerance: float | None = None
-) -> Minimum:
+def fit(head: Head, features: Features, wanted: torch.Tensor, weight_decay: float, **precision: Any) -> Minimum:
     """Change the head, in place, such that the mean cross-entropy of the labels `wanted (samples,)` is least.
 
-    `weight_decay / 2` times the squared entries of the head's matrices is added to it.
+    `weight_decay / 2` times the squared entries of the head's matrices is added to it. `precision` is that of
+    `minimise`.
     """
     parameters = list(head.parameters.values())
     matrices = [parameter for parameter in parameters if parameter.dim() > 1]
@@ -97,7 +97,7 @@ def fit(
         loss = F.cross_entropy(head.logits(features), wanted)
         return loss + weight_decay / 2 * sum((matrix.square().sum() for matrix in matrices), torch.zeros_like(loss))
 
-    return minimise(objective, parameters, tolerance=tolerance)
+    return minimise(objective, parameters, **precision)
 
 
 def quality(head: Head, features: Features, wanted: torch.Tensor) -> Quality:

@@ -30,6 +30,12 @@ def save_base(folder: Path, family: str) -> None:
             # It numbers positions from the padding's id + 1, so that some of them are lost.
             config = transformers.RobertaConfig(**{**sizes, "max_position_embeddings": 140})
             model = transformers.RobertaForMaskedLM(config)
+        case "distilbert":
+            widths = {"dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4}
+            config = transformers.DistilBertConfig(vocab_size=pico.VOCABULARY, max_position_embeddings=128, **widths)
+            model = transformers.DistilBertForMaskedLM(config)
+        case "deberta":
+            model = transformers.DebertaV2ForMaskedLM(transformers.DebertaV2Config(**sizes))
         case "llama-body":
             model = transformers.LlamaModel(pico.config("llama"))
         case "modernbert-mean" | "modernbert-body":
@@ -75,8 +81,9 @@ def logits_of(model: Any, samples: list[list[int]]) -> torch.Tensor:
 
 def classifier(folder: Path) -> Any:
     """A finished folder as stock transformers loads it, in float64."""
-    cls = transformers.AutoModelForSequenceClassification
-    return cls.from_pretrained(folder, dtype=torch.float64).eval()
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float64).eval()
+    model.set_experts_implementation("eager")  # fused experts have no float64 kernel
+    return model
 
 
 def last_rows(base: Path, samples: list[list[int]]) -> torch.Tensor:

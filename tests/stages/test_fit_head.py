@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from emloc_tools.files.tensors import TensorFolder
 from emloc_tools.stages import scoring
 from emloc_tools.stages.fit_head import FittedHead, fit_head
 from emloc_tools.stages.head_fitting import DECAYS
@@ -121,6 +123,55 @@ def test_losses_are_those_of_the_stored_model_and_a_random_head_is_worse(fitted:
     assert sum(part.accuracy * part.samples for part in parts) == pytest.approx(float(right.sum()))
     assert result.usual == pytest.approx(1 / 3)
     assert result.fitted.loss < result.before.loss / 2, "the control: a head before the fit"
+
+
+@pytest.mark.parametrize(
+    ("family", "layers"),
+    [
+        ("llama-tied", ["score"]),
+        ("gemma3", ["score"]),
+        ("qwen3-moe", ["score"]),
+        ("distilbert", ["pre_classifier", "classifier"]),  # with code of the model's own between them
+        ("deberta", ["pooler.dense", "classifier"]),
+    ],
+)
+def test_what_is_reported_of_padded_batches_is_true_of_the_stored_model(
+    family: str, layers: list[str], fitted: Fitted, data: Path
+) -> None:
+    base, folder, result = fitted(family, weight_decay=0.05)
+    assert list(dict.fromkeys(name.rpartition(".")[0] for name in result.head)) == layers
+    samples, y = labelled(data, base, LENGTH)
+    with torch.no_grad():
+        logits = logits_of(classifier(folder), samples)
+    assert result.fitted.loss == pytest.approx(F.cross_entropy(logits, y).item(), rel=1e-5)
+    assert result.fitted.loss < math.log(3), "chance"
+
+
+def test_a_pass_reads_every_weight_of_the_body_once_and_the_old_head_never(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    classifiers.save_base(tmp_path / "base", "llama")
+    reads: Counter[str] = Counter()
+    original = TensorFolder.read
+
+    def counted(self: TensorFolder, name: str, *rest: Any) -> torch.Tensor:
+        reads[name] += 1
+        return original(self, name, *rest)
+
+    monkeypatch.setattr(TensorFolder, "read", counted)
+    options: dict[str, Any] = {
+        "base": str(tmp_path / "base"),
+        "data": data,
+        "device": "cpu",
+        "max_length": 8,
+        "weight_decay": 1,
+    }
+    fit_head(**options, output=tmp_path / "once")
+    body = {name for name in read_tensors(tmp_path / "base") if name != "lm_head.weight"}
+    assert reads == dict.fromkeys(body, 1)
+    monkeypatch.setattr(scoring, "TOKENS_IN_FLIGHT", 36 * 8 // 3)
+    fit_head(**options, output=tmp_path / "in-waves")
+    assert reads == dict.fromkeys(body, 1 + 3)
 
 
 def test_another_text_changes_the_head_unless_it_is_held_out(fitted: Fitted, tmp_path: Path) -> None:

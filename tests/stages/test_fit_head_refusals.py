@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
@@ -114,3 +115,13 @@ def test_a_vocabulary_of_no_padding_and_no_end_is_refused(tmp_path: Path) -> Non
     config = json.loads((tmp_path / "base" / "config.json").read_text())
     (tmp_path / "base" / "config.json").write_text(json.dumps({**config, "pad_token_id": 5}))
     assert fit_head(base=str(tmp_path / "base"), data=data, output=tmp_path / "out", device="cpu").pad == 5
+
+
+def test_half_a_head_is_damage(tmp_path: Path) -> None:
+    classifiers.save_base(tmp_path / "base", "bert")
+    tensors = load_file(tmp_path / "base" / "model.safetensors")
+    tensors["classifier.bias"] = torch.zeros(2)
+    save_file(tensors, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    records = [{"text": f"some text {number}", "label": number % 2} for number in range(6)]
+    data = pico.write_jsonl(tmp_path / "data.jsonl", records)
+    refused(tmp_path / "base", data, MismatchError, "the checkpoint holds only bias of classifier")

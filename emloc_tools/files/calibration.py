@@ -82,6 +82,10 @@ class Calibration:
         """The layers that have a gradient."""
         return frozenset(self._gradient_of)
 
+    def has(self, name: str) -> bool:
+        """Whether there are statistics under the name of a layer or an expert."""
+        return name in self._record_of
+
     def has_data(self, layer: Layer) -> bool:
         """Whether there are statistics of a layer, or of any expert of a stack."""
         return any(member.name in self._record_of for member in layer.members())

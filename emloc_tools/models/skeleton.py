@@ -137,12 +137,18 @@ def compute_dtype(config: Any, requested: str = "auto") -> torch.dtype:
     return getattr(torch, dtype) if isinstance(dtype, str) else dtype
 
 
-def predicts_next_token(architecture: str) -> bool:
-    """Whether a model class of transformers is a causal language model, of text alone or of images and text."""
+def predicts_next_token(architecture: str, config: Any = None) -> bool:
+    """Whether a model class of transformers is a causal language model, of text alone or of images and text.
+
+    Of a class that is code of the model's own, `config` tells by the Auto class that it loads by.
+    """
     import transformers
     from transformers.models.auto import modeling_auto
 
     if architecture in set(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):
+        return True
+    own = str((getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM", ""))
+    if own.endswith(f".{architecture}"):
         return True
     if architecture not in set(modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()):
         return False

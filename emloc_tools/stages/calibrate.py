@@ -32,6 +32,8 @@ from emloc_tools.stages.gradient_sums import GradientSums, batch_loss, loss_of
 from emloc_tools.stages.gram_sums import GramSums
 from emloc_tools.stages.refusals import blaming_inputs, require_apart, require_original, require_own_weights
 
+PIXELS = "pixel_values"  # the argument of models that read images
+
 
 @dataclass(frozen=True)
 class CalibrationResult:
@@ -102,7 +104,7 @@ def calibrate(
         seed=seed,
         trust_remote_code=trust_remote_code,
     )
-    loss = loss_of(batches, opened.architecture) if gradients else None
+    loss = loss_of(batches, opened.architecture, opened.config) if gradients else None
     with new_folder(output, overwrite=overwrite) as folder, opened.tensors:
         weights = opened.weights(layers)
         require_own_weights(layers, weights.source_of)
@@ -182,7 +184,7 @@ def _activation_bytes(model: Any, weights: ModelWeights, batches: Sequence[Batch
     """What a backward run writes to disk, at most about: tokens · hidden size · bytes of a number · (units + 2).
 
     Units are the model's blocks, and what lies around them (embeddings, last norm, head); padding counts as tokens do.
-    0 for a model that has no one hidden size.
+    The units of a vision tower hold its patches instead. 0 for a model that has no one hidden size.
     """
     units, _ = partition(model, weights, MAX_UNIT_BYTES)
     if isinstance(model.config, Mapping):  # of diffusers, whose tokens are those of the picture and of the text
@@ -192,7 +194,15 @@ def _activation_bytes(model: Any, weights: ModelWeights, batches: Sequence[Batch
         hidden = getattr(model.config.get_text_config(), "hidden_size", 0)
         given = [next(iter(batch.inputs.values())) for batch in batches]
     tokens = sum(tensor.shape[:2].numel() for tensor in given)
-    return int(tokens * hidden * model.dtype.itemsize * (len(units) + 2))
+    values = tokens * hidden * (len(units) + 2)
+    vision = getattr(model.config, "vision_config", None)
+    patch, width = getattr(vision, "patch_size", None), getattr(vision, "hidden_size", None)
+    if patch and width:
+        tower = sum("vision" in unit.name or "visual" in unit.name for unit in units)
+        pixels = sum(batch.inputs[PIXELS].numel() for batch in batches if PIXELS in batch.inputs)
+        side = patch if isinstance(patch, int) else patch[0]  # some configurations name both sides
+        values += tower * (pixels // (3 * side**2) * width - tokens * hidden)
+    return int(values * model.dtype.itemsize)
 
 
 def _require_room(folder: Path, output: Path, needed: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -38,7 +39,7 @@ class Target:
 def open_base_target(base: str, revision: str | None, dtype: str, trust_remote_code: bool) -> Target:
     """The base. Raises `UnsupportedError` for a model that predicts neither the next token nor a label."""
     opened = open_base(base, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
-    _require_predictions(opened.architecture)
+    _require_predictions(opened.architecture, opened.config)
     return Target(
         "base",
         False,
@@ -92,8 +93,8 @@ def require_shapes(target: Target, path: Path, pairs: Mapping[str, LoraPair]) ->
             )
 
 
-def _require_predictions(architecture: str) -> None:
-    if not (predicts_next_token(architecture) or classifies_sequences(architecture)):
+def _require_predictions(architecture: str, config: Any = None) -> None:
+    if not (predicts_next_token(architecture, config) or classifies_sequences(architecture)):
         raise UnsupportedError(
             f"{architecture} does not predict the next token; losses are measured for causal language models and "
             "sequence classifiers"

@@ -66,7 +66,7 @@ class GradientSums:
         self._progress(Step("gradients", min(self._done, units), units, unit.name))
 
 
-def loss_of(batches: Sequence[Batch], architecture: str) -> Loss:
+def loss_of(batches: Sequence[Batch], architecture: str, config: Any = None) -> Loss:
     """Which loss the batches have. Raises `InputError` or `UnsupportedError` where there is none."""
     if all(batch.labels is not None for batch in batches):
         return "model"
@@ -74,7 +74,7 @@ def loss_of(batches: Sequence[Batch], architecture: str) -> Loss:
     if len(targets) == len(batches):
         if classifies_sequences(architecture):
             raise InputError(f"gradients need a loss: {architecture} classifies texts, so every record needs a `label`")
-        if not predicts_next_token(architecture):
+        if not predicts_next_token(architecture, config):
             raise UnsupportedError(
                 f"{architecture} does not predict the next token, so texts give no loss; for gradients give ready "
                 "model inputs (.safetensors) with labels"

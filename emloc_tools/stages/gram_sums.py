@@ -41,6 +41,7 @@ class GramSums:
         self._sides: dict[str, Side] = {}
         self._grams: dict[Key, Gram] = {}
         self._done: set[Unit] = set()
+        self._groups: dict[Key, list[Key]] = {}  # of the layers of an entry, the keys that it is the sum of
         self._observer = Observer(
             stream.model,
             [layer.name for layer in layers if layer.experts is None],
@@ -60,6 +61,7 @@ class GramSums:
         self._observer.close()
         if not self.spool.entries:
             raise InputError("no sample reached any of the chosen layers")
+        self._groups = self._grouped()
 
     def reached(self) -> set[str]:
         """Layers that saw data."""
@@ -74,18 +76,18 @@ class GramSums:
                 self.spool.entries[keys[0]].features,
                 sum(self.spool.entries[key].tokens for key in keys),
             )
-            for layers, keys in self._groups().items()
+            for layers, keys in self._groups.items()
         ]
 
     def packed(self, entry: GramEntry) -> torch.Tensor:
         """The packed Gram of an entry: the sum over its keys."""
-        first, *others = self._groups()[entry.layers]
+        first, *others = self._groups[entry.layers]
         total = self.spool.read(first)
         for key in others:
             total += self.spool.read(key)
         return total
 
-    def _groups(self) -> dict[Key, list[Key]]:
+    def _grouped(self) -> dict[Key, list[Key]]:
         keys_of: dict[str, list[Key]] = {}
         for key in self.spool.entries:
             for layer in key:

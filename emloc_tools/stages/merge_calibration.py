@@ -186,7 +186,7 @@ def _matrix(part: Calibration, entry: GramEntry) -> torch.Tensor:
     if entry.kind == "gradient":
         gradient = part.gradient(name)
         return torch.zeros(()) if gradient is None else gradient.matrix
-    return part.gram(name).matrix if name in part.reached else torch.zeros(())
+    return part.gram(name).matrix if part.has(name) else torch.zeros(())
 
 
 def _common_loss(parts: Sequence[Calibration]) -> Loss | None:

@@ -147,6 +147,24 @@ def test_a_truncated_emulator_keeps_the_code(root: Path, tmp_path: Path) -> None
     assert torch.equal(small.model.layers[0].mlp.up_proj.U, larger.model.layers[0].mlp.up_proj.U[:, :rank])
 
 
+def test_texts_give_a_loss_where_the_base_names_its_class_a_causal_language_model(root: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"data": root / "data.jsonl", "max_length": 24, "device": "cpu", **TRUST}
+    result = calibrate(base=str(root / "base"), gradients=True, output=tmp_path / "calibration", **options)
+    assert result.gradients == result.layers > 0
+    (measured,) = evaluate(base=str(root / "base"), **options)
+    model, total, count = AUTO.from_pretrained(root / "base", **TRUST).eval(), 0.0, 0
+    for ids in pico.token_ids(root / "data.jsonl", root / "base", 24):
+        with torch.no_grad():
+            log_p = model(input_ids=torch.tensor([ids])).logits[0, :-1].double().log_softmax(-1)
+        total -= float(log_p[torch.arange(len(ids) - 1), torch.tensor(ids[1:])].sum())
+        count += len(ids) - 1
+    assert measured.loss == pytest.approx(total / count, rel=1e-5)
+    named = save_base(tmp_path / "base")
+    edit(named, auto_map={"AutoConfig": AUTO_MAP["AutoConfig"], "AutoModel": AUTO_MAP["AutoModelForCausalLM"]})
+    with pytest.raises(UnsupportedError, match="OwnForCausalLM does not predict the next token"):
+        evaluate(base=str(named), **options)
+
+
 @pytest.mark.parametrize(
     "command", [load_emulator, lambda path: evaluate(data=path.parent / "data.jsonl", emulator=path)]
 )

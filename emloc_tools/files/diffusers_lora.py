@@ -72,8 +72,8 @@ class DiffusersLora(Adapter):
             message = "holds no lora_A/lora_B pair of a transformer or a unet"
             if any(OTHER_NAMES.search(name) for name in self.tensors.names()):
                 message += (
-                    ", but names of another program; load it into a pipeline of diffusers and save it from there "
-                    "(save_lora_weights)"
+                    ", but pairs under other names; load it into a pipeline of diffusers and save it from there "
+                    "(save_lora_weights of get_peft_model_state_dict)"
                 )
             raise FormatError("A18", self.weights_path, "", message)
         if len(components) > 1:

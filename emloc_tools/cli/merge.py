@@ -20,7 +20,7 @@ EXAMPLE = """Examples:
   emloc-tools merge --base meta-llama/Llama-3.1-8B --adapter corrected \\
       --output merged
   emloc-tools merge --base meta-llama/Llama-3.1-8B --adapter lora \\
-      --emulator emulator --interpolate 0.5 --output merged
+      --emulator emulator --interpolate 0.25 --output merged
 """
 
 
@@ -62,8 +62,8 @@ def merge(
 
     With --emulator and --interpolate T the weights become W - T (W - W_E) + s B A, with the LoRA as it was trained on
     the emulator, instead of a corrected one. That is no LoRA on the base any more, and exists as a dense model only.
-    In our measurements T = 0.5 was better than the correction on a task far from what the base knows, and worse on
-    one near to it: compare both with evaluate.
+    In our measurements at a ratio of 0.1, T = 0.25 was better than the correction on every task, and T = 0.5 on all but
+    one that is near to what the base knows: compare with evaluate.
     """
     from emloc_tools.cli import console
     from emloc_tools.stages.merge import merge as run

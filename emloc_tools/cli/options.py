@@ -78,8 +78,8 @@ def data_options(samples: int | None) -> Callable[[Command], Command]:
             "--data",
             type=FILE,
             required=True,
-            help="JSONL with text, messages, or prompt and completion, for a classifier with text and label; or "
-            ".safetensors with ready model inputs.",
+            help="JSONL with text, messages (whose parts may name images), or prompt and completion, for a classifier "
+            "with text and label; or .safetensors with ready model inputs.",
         ),
         click.option(
             "--samples", type=click.IntRange(min=1), default=samples, help=f"How many to use.  [default: {shown}]"

@@ -21,9 +21,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from emloc_tools.cli import main
+from emloc_tools.models.backward import BackwardLockStep
 from emloc_tools.models.processors import load_processor
 from emloc_tools.models.skeleton import load_config
 from emloc_tools.models.source import open_source
+from emloc_tools.stages import calibrate as stage
 from emloc_tools.stages.build_emulator import build_emulator
 from emloc_tools.stages.calibrate import calibrate
 from emloc_tools.stages.evaluate import evaluate
@@ -189,6 +191,28 @@ def test_padding_in_a_batch_changes_neither_grams_nor_gradients(case: Case, tmp_
         assert gradients[layer][:2] == (side, rows)
         assert gradients[layer][2] == pytest.approx(energy, rel=1e-4)
         assert close_to(gradients[layer][3], G) < 1e-4, layer
+
+
+def test_the_room_that_activations_need_is_estimated_with_those_of_the_tower(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Never too low, and not far too high; where images have many patches it would be too low without these."""
+    estimates, streams = [], []
+    monkeypatch.setattr(stage, "_require_room", lambda folder, output, needed: estimates.append(needed))
+
+    class Kept(BackwardLockStep):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            streams.append(self)
+
+    monkeypatch.setattr(stage, "BackwardLockStep", Kept)
+    options: dict[str, Any] = {"base": str(case.folder / "base"), "data": case.folder / "data" / "train.jsonl"}
+    calibrate(**options, output=tmp_path / "calibration", gradients=True, device="cpu")
+    assert 0.4 * estimates[0] < streams[0].spilled <= estimates[0]
+    if case.family == "qwen2.5-vl":  # four patches for each token of an image
+        monkeypatch.setattr(stage, "PIXELS", "nothing")
+        calibrate(**options, output=tmp_path / "control", gradients=True, device="cpu")
+        assert estimates[1] < streams[1].spilled
 
 
 def test_gradients_are_of_the_next_token_and_never_of_a_token_of_an_image(case: Case) -> None:

@@ -17,7 +17,7 @@ from emloc_tools.stages.build_emulator import build_emulator
 from emloc_tools.stages.calibrate import calibrate
 from emloc_tools.stages.merge_calibration import merge_calibration
 from tests.diffusion.conftest import RATIO, Case, calls_in
-from tests.diffusion.test_emulator import linears, outputs
+from tests.diffusion.measures import linears, outputs
 from tests.stages.reference import close_to, read_grams, read_json
 
 

@@ -23,7 +23,7 @@ from emloc_tools.stages.correct import correct
 from emloc_tools.stages.merge import merge
 from tests.diffusion import pico_flux
 from tests.diffusion.conftest import Case, calls_in
-from tests.diffusion.test_emulator import linears, outputs
+from tests.diffusion.measures import linears, outputs
 from tests.stages.reference import close_to, read_json, read_tensors
 
 RANK, ALPHA = 16, 24

@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from emloc_tools.cli import main
 from tests.diffusion import pico_flux
 from tests.diffusion.conftest import Case, calls_in
-from tests.diffusion.test_emulator import outputs
+from tests.diffusion.measures import outputs
 from tests.docs.test_docs import ROOT, blocks
 from tests.stages.reference import close_to
 

@@ -210,6 +210,22 @@ def test_without_metadata_the_scaling_is_that_of_diffusers(
     assert all(torch.equal(tensors[name], load_file(corrected / WEIGHTS)[name]) for name in tensors if "alpha" in name)
 
 
+def test_gradient_checkpointing_gives_the_same_gradients(flux: Case, trained: Trained) -> None:
+    """What training scripts switch on to save memory."""
+    call, gradients = flux.heldout[0], []
+    for checkpointing in (False, True):
+        model = diffusers.FluxTransformer2DModel.from_pretrained(flux.emulator)
+        model.load_lora_adapter(trained.folder / WEIGHTS, use_safetensors=True)
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        model.train()
+        model(**call).sample.square().sum().backward()
+        named = model.named_parameters()
+        gradients.append({name: parameter.grad for name, parameter in named if "lora_" in name})
+    assert all(tensor is not None and tensor.any() for tensor in gradients[0].values())
+    assert all(close_to(gradients[1][name], tensor) < 1e-5 for name, tensor in gradients[0].items())
+
+
 def test_merging_into_the_emulator_fails(flux: Case, trained: Trained) -> None:
     with pytest.raises(RuntimeError, match="low-rank"):
         trained.model.fuse_lora()

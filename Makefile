@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TORCH := $(shell grep '^torch==' constraints.txt)
 OUTPUT ?= demo-run
 
-.PHONY: help demo test lint format docs bench clean
+.PHONY: help demo test lint format docs architectures bench clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -29,6 +29,9 @@ format: $(VENV)/.developer ## Put the code into the project's style
 docs: $(VENV)/.developer ## Write what is generated: command reference, recorded results, schemas
 	$(BIN)/python -m docs.generate
 	$(BIN)/python -m formats.make_schemas
+
+architectures: $(VENV)/.developer ## Measure again what docs/architectures.md says of every family of models (two minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.architectures.table
 
 bench: $(VENV)/.developer ## Measure again what docs/benchmarks.md shows (about an hour)
 	$(BIN)/python -m benchmarks.demo

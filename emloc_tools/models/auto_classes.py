@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,6 @@ from typing import Any
 import torch
 
 from emloc_tools.models.layers import in_block
-from emloc_tools.models.skeleton import build_skeleton
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,10 @@ def fitting_classes(config: Any, layers: Collection[str], stored: Collection[str
 
 def _candidates(config: Any) -> Iterator[tuple[str, str]]:
     """Every Auto class that knows the configuration, with the name of the model class that it gives."""
-    import transformers
+    from transformers.models.auto import modeling_auto
 
-    for auto in sorted(name for name in dir(transformers) if name.startswith("AutoModel")):
-        mapping = getattr(getattr(transformers, auto), "_model_mapping", None)
+    for auto, cls in sorted(vars(modeling_auto).items()):
+        mapping = getattr(cls, "_model_mapping", None) if auto.startswith("AutoModel") else None
         if mapping is not None and type(config) in mapping:
             chosen = mapping[type(config)]
             yield auto, (chosen[0] if isinstance(chosen, (list, tuple)) else chosen).__name__
@@ -55,7 +55,9 @@ def _fit(name: str, config: Any, layers: Collection[str], stored: Collection[str
     cls = getattr(transformers, name, None)
     if cls is None or cls.from_pretrained.__func__ is not transformers.PreTrainedModel.from_pretrained.__func__:
         return None  # in a mapping, but not public; or with a loader of its own, which wants other files as well
-    model = build_skeleton(cls, copy.deepcopy(config), dtype=torch.float32)
+    with torch.device("meta"), warnings.catch_warnings():  # only names are wanted; so buffers may be there as well
+        warnings.simplefilter("ignore")
+        model = cls._from_config(copy.deepcopy(config), dtype=torch.float32)
     prefix = f"{cls.base_model_prefix}."
     has = {*dict(model.named_modules()), *dict(model.named_parameters())}
     present = {layer for layer in layers if not has.isdisjoint(_spellings(layer, prefix))}

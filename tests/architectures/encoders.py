@@ -61,8 +61,15 @@ FAMILIES = (
     encoder("BERT", "Bert"),
     encoder("RoBERTa", "Roberta"),
     encoder("DistilBERT", "DistilBert", dim=32, hidden_dim=48, n_layers=2, n_heads=4),
-    encoder("ALBERT", "Albert", embedding_size=16, num_hidden_layers=3),
-    encoder("DeBERTa-v2", "DebertaV2", single_texts, relative_attention=True, pos_att_type=["p2c", "c2p"]),
+    encoder("ALBERT", "Albert", notes="one block, used three times", embedding_size=16, num_hidden_layers=3),
+    encoder(
+        "DeBERTa-v2",
+        "DebertaV2",
+        single_texts,
+        "layers that read the table of positions",
+        relative_attention=True,
+        pos_att_type=["p2c", "c2p"],
+    ),
     encoder("ModernBERT", "ModernBert", global_attn_every_n_layers=2, local_attention=8),
     encoder("ELECTRA", "Electra", embedding_size=16),
     Family(
@@ -80,6 +87,7 @@ FAMILIES = (
         configured("BartConfig", **HALVES),
         sequences,
         torch.bfloat16,
+        notes="CausalLM is the decoder alone",
     ),
     Family(
         "Whisper",
@@ -88,6 +96,14 @@ FAMILIES = (
         configured("WhisperConfig", **HALVES, num_mel_bins=8, max_source_positions=30, max_target_positions=40),
         sounds,
         sharded=True,
+        notes="CausalLM is the decoder alone",
     ),
-    Family("wav2vec 2.0", "Wav2Vec2ForCTC", SOUND, configured("Wav2Vec2Config", **WAV2VEC2), waves),
+    Family(
+        "wav2vec 2.0",
+        "Wav2Vec2ForCTC",
+        SOUND,
+        configured("Wav2Vec2Config", **WAV2VEC2),
+        waves,
+        notes="convolutions stay dense",
+    ),
 )

@@ -5,6 +5,7 @@ A new family is one entry in one of the catalogues beside this file.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,8 +78,7 @@ class Family:
     def auto_classes(self, folder: Path) -> list[str]:
         """The Auto classes of its library that know the configuration of a model in a folder."""
         kind = type(transformers.AutoConfig.from_pretrained(folder))
-        autos = [getattr(transformers, name) for name in dir(transformers) if name.startswith("AutoModel")]
-        return [auto.__name__ for auto in autos if kind in (getattr(auto, "_model_mapping", None) or ())]
+        return [name for name in auto_classes() if kind in getattr(transformers, name)._model_mapping]
 
     def load_by(self, auto_class: str, folder: Path, **options: Any) -> tuple[Any, set[str]]:
         """A model as a trainer loads it, by code in its folder if there is any, and the tensors that it did not find.
@@ -93,6 +93,13 @@ class Family:
     def batches(self, seed: int = 0) -> list[Inputs]:
         """Its inputs; another seed gives others of the same kind."""
         return self.inputs(Draw(seed, self.dtype))
+
+
+@functools.cache  # transformers takes half a second to list its names
+def auto_classes() -> list[str]:
+    """All Auto classes of models."""
+    names = [name for name in dir(transformers) if name.startswith("AutoModel")]
+    return [name for name in names if getattr(getattr(transformers, name), "_model_mapping", None) is not None]
 
 
 class Draw:

@@ -51,9 +51,10 @@ def grams_in_memory(model: nn.Module, batches: list[Inputs], sides: Sides) -> Gr
             add(grams, name, y if module.bias is None else X.float() @ weight_of(module).float().T)
         return y
 
+    writes = getattr(model.config, "is_encoder_decoder", False)
     with watching(model, sides, see), torch.no_grad():
         for batch in batches:
-            for inputs in without_padding(batch, model.config.is_encoder_decoder):
+            for inputs in without_padding(batch, writes):
                 run(model, inputs)
     return grams
 

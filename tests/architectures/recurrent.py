@@ -5,15 +5,26 @@ from __future__ import annotations
 from tests.architectures.experts import NAMES_OF_EXPERTS
 from tests.architectures.family import Family, configured, texts
 
+MAMBA = "convolution and state space stay dense; PEFT takes no LoRA on out_proj"
+
 FAMILIES = (
-    Family("Mamba", "MambaForCausalLM", "text", configured("MambaConfig", state_size=8), texts, no_lora=("out_proj",)),
+    Family(
+        "Mamba",
+        "MambaForCausalLM",
+        "text",
+        configured("MambaConfig", state_size=8),
+        texts,
+        no_lora=("out_proj",),
+        notes=MAMBA,
+    ),
     Family(
         "Mamba2",
         "Mamba2ForCausalLM",
         "text",
-        configured("Mamba2Config", state_size=8, num_heads=8, head_dim=8, n_groups=2, expand=2),
+        configured("Mamba2Config", chunk_size=8, state_size=8, num_heads=8, head_dim=8, n_groups=2, expand=2),
         texts,
         no_lora=("out_proj",),
+        notes=MAMBA,
     ),
     Family(
         "Qwen3-Next",
@@ -46,6 +57,7 @@ FAMILIES = (
             layers_block_type=["mamba", "hybrid", "mamba", "hybrid"],
             mamba_d_state=8,
             mamba_headdim=8,
+            chunk_size=8,
             n_mamba_heads=8,
             num_mem_blocks=1,
             adapter_rank=8,
@@ -56,5 +68,6 @@ FAMILIES = (
         ),
         texts,
         no_lora=("out_proj",),
+        notes=MAMBA,
     ),
 )

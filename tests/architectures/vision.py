@@ -10,6 +10,7 @@ from tests.architectures.family import IMAGE, SIZES, Draw, Family, Inputs, confi
 
 VISION = "vision"
 BOTH = "vision and text"
+TWO = "ImageClassification is the image tower alone"
 TOWER = {key: SIZES[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")}
 TOWERS: dict[str, Any] = {"text_config": {**SIZES, "max_position_embeddings": 20}, "vision_config": {**TOWER, **IMAGE}}
 SWIN: dict[str, Any] = {
@@ -38,6 +39,6 @@ FAMILIES = (
     classifier("ViT", "ViT"),
     classifier("DINOv2", "Dinov2", mlp_ratio=2),
     Family("Swin", "SwinForImageClassification", VISION, lambda: transformers.SwinConfig(**SWIN), pictures),
-    Family("CLIP", "CLIPModel", BOTH, configured("CLIPConfig", **TOWERS, projection_dim=16), captions),
-    Family("SigLIP", "SiglipModel", BOTH, configured("SiglipConfig", **TOWERS), captions),
+    Family("CLIP", "CLIPModel", BOTH, configured("CLIPConfig", **TOWERS, projection_dim=16), captions, notes=TWO),
+    Family("SigLIP", "SiglipModel", BOTH, configured("SiglipConfig", **TOWERS), captions, notes=TWO),
 )

@@ -1,0 +1,269 @@
+"""plan: the largest emulator whose training step fits into a given memory, and what every stage needs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from emloc_tools.errors import InputError
+from emloc_tools.files.manifest import BaseRecord, made_by
+from emloc_tools.files.plan import Conditions, Model, Parts, PlanV1, Stage, read_plan, write_plan
+from emloc_tools.linalg.allocate import stored_values, uniform_ranks
+from emloc_tools.models.diffusion import DiffusersConfig, stored_dtype
+from emloc_tools.models.layers import all_layers, select_layers
+from emloc_tools.models.lowrank_modules import factor_layers
+from emloc_tools.models.skeleton import build_skeleton, compute_dtype, load_config, model_class
+from emloc_tools.models.source import Source, open_source, open_tensors
+from emloc_tools.planning.costs import inference_and_groups, sizes_of, stage_needs
+from emloc_tools.planning.inputs import Shape, make_inputs
+from emloc_tools.planning.ledger import Memory
+from emloc_tools.planning.search import largest_fitting
+from emloc_tools.planning.step import OPTIMIZERS, Training, training_memory, vocabulary_of
+from emloc_tools.records import Layer, Progress, Step, silent
+from emloc_tools.stages.refusals import require_original
+
+RESERVE = 0.05  # of the memory, for the context of CUDA, workspaces of its libraries and fragmentation
+SAMPLES = 64  # of a calibration, as calibrate takes by default
+TYPICAL_STEPS = 6  # that a search simulates
+
+
+def plan(
+    *,
+    base: str,
+    memory: int,
+    reserve: int | None = None,
+    revision: str | None = None,
+    batch_size: int = 1,
+    sequence_length: int = 2048,
+    images: int = 0,
+    image_size: tuple[int, int] = (448, 448),
+    resolution: tuple[int, int] = (1024, 1024),
+    data: Path | None = None,
+    lora_rank: int = 16,
+    lora_targets: Sequence[str] | None = None,
+    lora_dtype: str = "float32",
+    gradient_checkpointing: bool = True,
+    optimizer: str = "adamw",
+    dtype: str = "auto",
+    targets: str | None = None,
+    exclude: str | None = None,
+    trust_remote_code: bool = False,
+    save: Path | None = None,
+    overwrite: bool = False,
+    command: str = "emloc_tools.stages.plan",
+    progress: Progress = silent,
+) -> PlanV1:
+    """Foresee the peak memory of LoRA training on `base` and its emulators, without allocating a weight.
+
+    `memory` are the bytes of the device, of which `reserve` (5% by default) are left for what is not foreseen. The
+    step is of `batch_size` samples of `sequence_length` tokens, with `images` of `image_size` each, or of pictures of
+    `resolution` for a denoiser; or of the largest batch of `data`. `lora_targets` are names of modules, as PEFT takes
+    them; by default every layer that becomes factors, but experts. `dtype` is that of the frozen weights.
+
+    The emulator is the largest of a uniform ratio, in thousandths; layers are chosen as by `build_emulator`. Of a Hub
+    id no weights are fetched. Raises `InputError` where nothing fits, `UnsupportedError` for a model that cannot be
+    run without values.
+    """
+    require_original(base)
+    if optimizer not in OPTIMIZERS:
+        raise InputError(f"--optimizer {optimizer} is not known; choose one of {', '.join(OPTIMIZERS)}")
+    reserve = int(memory * RESERVE) if reserve is None else reserve
+    if reserve >= memory:
+        raise InputError(f"--reserve {reserve:,} leaves nothing of --memory {memory:,}; choose less")
+    source = open_source(base, revision=revision, trust_remote_code=trust_remote_code)
+    config = load_config(source, trust_remote_code=trust_remote_code)
+    cls = model_class(config, source, trust_remote_code=trust_remote_code)
+    if isinstance(config, DiffusersConfig):
+        config = replace(config, dtype=_dtype_of_diffusers(source))
+    else:
+        vars(config).pop("quantization_config", None)  # it is trained, and its emulator made, in full precision
+    shape = Shape(batch_size, sequence_length, images, image_size, resolution, data)
+
+    def skeleton() -> nn.Module:
+        return build_skeleton(cls, config, dtype=compute_dtype(config, dtype))
+
+    model = skeleton()
+    layers = select_layers(model, targets=targets, exclude=exclude)
+    inputs = make_inputs(model, config, source, shape, trust_remote_code=trust_remote_code)
+    training = Training(
+        lora_rank,
+        tuple(lora_targets) if lora_targets else tuple(layer.name for layer in layers if layer.experts is None),
+        getattr(torch, lora_dtype),
+        gradient_checkpointing,
+        optimizer,
+    )
+    steps = _Steps(progress)
+    sizes, vocabulary = sizes_of(model), vocabulary_of(model)
+    of_base = Model(
+        parameters=_parameters(model), size=sizes.whole, training=_parts(training_memory(skeleton(), inputs, training))
+    )
+    adapter = _adapter(model, training)
+    steps.done("training on the base")
+    inference, groups = inference_and_groups(model, layers, inputs)
+    steps.done("inference with the base")
+    ratio, found = None, None
+    if of_base.training.total > memory - reserve:
+        ratio, found = _largest_emulator(skeleton, layers, inputs, training, memory - reserve, of_base, steps)
+    needs = stage_needs(
+        sizes,
+        layers,
+        groups,
+        tokens=_tokens(inputs),
+        samples=-(-SAMPLES // batch_size),
+        hidden=_hidden(layers),
+        vocabulary=vocabulary or 0,
+        itemsize=compute_dtype(config, dtype).itemsize,
+        emulator=found.size if found else 0,
+        adapter=adapter,
+    )
+    ranks = uniform_ranks(layers, ratio) if ratio is not None else {}
+    result = PlanV1(
+        made_by=made_by(command, "diffusers" if isinstance(config, DiffusersConfig) else "transformers"),
+        base=BaseRecord(id=base, revision=source.revision, architecture=cls.__name__),
+        targets=targets,
+        exclude=exclude,
+        memory=memory,
+        reserve=reserve,
+        ratio=ratio,
+        factored_layers=len(ranks),
+        conditions=Conditions(
+            batch_size=batch_size,
+            sequence_length=sequence_length,
+            images=images,
+            image_size=list(image_size),
+            resolution=list(resolution),
+            data=str(data) if data is not None else None,
+            dtype=str(compute_dtype(config, dtype)).removeprefix("torch."),
+            lora_rank=lora_rank,
+            lora_targets=list(lora_targets) if lora_targets else None,
+            lora_dtype=lora_dtype,
+            gradient_checkpointing=gradient_checkpointing,
+            optimizer=optimizer,
+        ),
+        emulator=found,
+        base_model=of_base,
+        inference=_parts(inference),
+        stages=[Stage(**asdict(each)) for each in needs],
+    )
+    if save is not None:
+        write_plan(save, result, overwrite=overwrite)
+    return result
+
+
+@dataclass(frozen=True)
+class PlannedBuild:
+    """What a plan says about the emulator to build."""
+
+    base: str
+    revision: str | None
+    ratio: float
+    targets: str | None
+    exclude: str | None
+
+
+def planned_build(path: Path) -> PlannedBuild:
+    """Read a plan for build-emulator. Raises `FormatError` for no plan, `InputError` for one without an emulator."""
+    found = read_plan(path)
+    if found.ratio is None:
+        raise InputError(
+            f"{path} plans no emulator: {found.base.id} itself can be trained in {found.memory:,} bytes; train on it, or "
+            "give --ratio"
+        )
+    return PlannedBuild(found.base.id, found.base.revision, found.ratio, found.targets, found.exclude)
+
+
+class _Steps:
+    """Tells of every simulated step; how many there will be is not known before the search ends."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress, self._done = progress, 0
+
+    def done(self, detail: str) -> None:
+        """One more."""
+        self._done += 1
+        self._progress(Step("plan", self._done, max(self._done, TYPICAL_STEPS), detail))
+
+
+def _largest_emulator(
+    skeleton: Callable[[], nn.Module],
+    layers: Sequence[Layer],
+    inputs: Mapping[str, torch.Tensor],
+    training: Training,
+    usable: int,
+    of_base: Model,
+    steps: _Steps,
+) -> tuple[float, Model]:
+    """The largest ratio that fits, and its emulator. Raises `InputError` where none does."""
+    measured: dict[float, Model] = {}
+    itemsize = next(parameter for parameter in skeleton().parameters() if parameter.dim() > 1).itemsize
+
+    def weigh(ratio: float) -> int:
+        ranks = uniform_ranks(layers, ratio) if ratio < 1 else {}
+        return stored_values(layers, ranks) * itemsize
+
+    def measure(ratio: float) -> int:
+        model = skeleton()
+        ranks = uniform_ranks(layers, ratio)
+        if ranks:
+            factor_layers(model, ranks)
+        parameters, nbytes = _parameters(model), _nbytes(model)
+        memory = training_memory(model, inputs, training)
+        measured[ratio] = Model(parameters=parameters, size=nbytes, training=_parts(memory))
+        steps.done(f"training at ratio {ratio:g}")
+        return memory.total
+
+    ratio = largest_fitting(measure, weigh, usable, of_base.training.total)
+    if ratio is None:
+        least = measured[min(measured)].training
+        raise InputError(
+            f"no emulator of this base can be trained so in {usable:,} bytes: of rank 1 everywhere it would need "
+            f"{least.total:,} ({least.weights:,} for weights, {least.training_state:,} for the LoRA and its optimizer, "
+            f"{least.activations:,} for activations, {least.logits:,} for logits); choose a smaller --batch-size, "
+            "--sequence-length or --lora-rank, or more --memory"
+        )
+    return ratio, measured[ratio]
+
+
+def _parts(memory: Memory) -> Parts:
+    return Parts(**memory.split())
+
+
+def _parameters(model: nn.Module) -> int:
+    return sum({id(parameter): parameter.numel() for parameter in model.parameters()}.values())
+
+
+def _nbytes(model: nn.Module) -> int:
+    return sum({id(parameter): parameter.nbytes for parameter in model.parameters()}.values())
+
+
+def _adapter(model: nn.Module, training: Training) -> int:
+    """Bytes of A and B of all layers that get a LoRA."""
+    ends = tuple(f".{target}" for target in training.lora_targets)
+    adapted = [layer for layer in all_layers(model).values() if layer.experts is None]
+    sizes = [layer.out_features + layer.in_features for layer in adapted if f".{layer.name}".endswith(ends)]
+    return sum(sizes) * training.lora_rank * training.lora_dtype.itemsize
+
+
+def _tokens(inputs: Mapping[str, torch.Tensor]) -> int:
+    """Tokens of a batch, of denoisers those of the picture and of the text; about, for models without any."""
+    names = ("input_ids", "hidden_states", "encoder_hidden_states")
+    given = [inputs[name] for name in names if name in inputs] or [next(iter(inputs.values()))]
+    return sum(tensor.shape[:2].numel() for tensor in given)
+
+
+def _hidden(layers: Sequence[Layer]) -> int:
+    """The width of what passes between blocks: the input that most layers have."""
+    return Counter(layer.in_features for layer in layers).most_common(1)[0][0]
+
+
+def _dtype_of_diffusers(source: Source) -> torch.dtype:
+    """That of the weights in a local folder; of the Hub none are fetched, and these models are published in bf16."""
+    if source.revision is not None:
+        return torch.bfloat16
+    with open_tensors(source, "diffusers") as tensors:
+        return stored_dtype(tensors)

@@ -21,7 +21,13 @@ EXAMPLE = """Example:
 
 
 @click.command(name="build-emulator", epilog=EXAMPLE)
-@options.base_options()
+@options.base_options(required=False)
+@click.option(
+    "--from-plan",
+    "from_plan",
+    type=options.FILE,
+    help="File from plan --save: gives the base, the ratio and the layers. --base may name a copy of the base.",
+)
 @click.option("--calibration", type=options.FOLDER, help="Folder from calibrate.  [default: plain SVD of the weights]")
 @options.size_options
 @click.option(
@@ -53,9 +59,10 @@ EXAMPLE = """Example:
 @options.output_options
 @options.report_options
 def build_emulator(
-    base: str,
+    base: str | None,
     revision: str | None,
     trust_remote_code: bool,
+    from_plan: Path | None,
     calibration: Path | None,
     ratio: float | None,
     params: int | None,
@@ -78,11 +85,25 @@ def build_emulator(
     """Build a light stand-in for a base, to train a LoRA on.
 
     Every linear layer becomes low-rank factors that best keep its outputs on the calibration data. Weights are read
-    one at a time. Exactly one of --ratio, --params and --size is needed.
+    one at a time. Exactly one of --ratio, --params, --size and --from-plan is needed.
     """
     from emloc_tools.cli import console, emulators
     from emloc_tools.stages.build_emulator import build_emulator as run
 
+    if from_plan is not None:
+        from emloc_tools.stages.plan import planned_build
+
+        if any(value is not None for value in (ratio, params, size, targets, exclude)):
+            raise click.UsageError(
+                "--from-plan already says the ratio and the layers; give it without --ratio, --params, --size, "
+                "--targets and --exclude."
+            )
+        planned = planned_build(from_plan)
+        ratio, targets, exclude = planned.ratio, planned.targets, planned.exclude
+        if base is None:
+            base, revision = planned.base, revision or planned.revision
+    if base is None:
+        raise click.UsageError("Missing option '--base'; only --from-plan can take its place.")
     if preset == "paper":
         if weighting or allocation or damping is not None:
             raise click.UsageError(

@@ -78,6 +78,11 @@ class Recorder:
                 tensors[name] = value
             elif name not in OF_OUTPUT and not self._is_default(name, value):
                 raise self._unsupported(name, reprlib.repr(value))
+        if TARGET in tensors:
+            raise UnsupportedError(
+                f"{type(self._module).__name__} has an argument {TARGET}, by which ready model inputs name what the "
+                "output is to be; such a module cannot be recorded"
+            )
         self._spool.add(tensors)
 
     def _is_default(self, name: str, value: Any) -> bool:

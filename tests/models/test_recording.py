@@ -158,6 +158,14 @@ def test_what_changes_the_result_and_is_no_tensor_is_refused(tmp_path: Path, cal
     call(module)  # control: the module itself takes it, and the hook is gone
 
 
+def test_an_argument_called_target_is_refused(tmp_path: Path) -> None:
+    """Calibration would take it for what the output is to be."""
+    message = "Probe has an argument target"
+    module = Probe()
+    with pytest.raises(UnsupportedError, match=message), record_inputs(module, tmp_path / "inputs.safetensors"):
+        module(torch.ones(1), target=torch.ones(1))
+
+
 @pytest.mark.parametrize("extra", [None, {}, {"scale": None}])
 def test_what_changes_nothing_is_left_out(tmp_path: Path, extra: Any) -> None:
     module, path = Probe(), tmp_path / "inputs.safetensors"

@@ -17,10 +17,12 @@ from emloc_tools.cli.calibrate import calibrate
 from emloc_tools.cli.correct import correct
 from emloc_tools.cli.demo import demo
 from emloc_tools.cli.evaluate import evaluate
+from emloc_tools.cli.export import export
 from emloc_tools.cli.fit_head import fit_head
 from emloc_tools.cli.inspect import inspect
 from emloc_tools.cli.merge import merge
 from emloc_tools.cli.merge_calibration import merge_calibration
+from emloc_tools.cli.plan import plan
 from emloc_tools.cli.record_inputs import record_inputs
 from emloc_tools.cli.truncate import truncate
 from emloc_tools.errors import EmlocError
@@ -96,7 +98,7 @@ def main() -> None:
 
 
 COMMANDS = (
-    *(fit_head, record_inputs, calibrate, merge_calibration, build_emulator, truncate),
+    *(plan, fit_head, record_inputs, calibrate, merge_calibration, build_emulator, truncate, export),
     *(correct, merge, evaluate, inspect, demo),
 )
 for command in COMMANDS:

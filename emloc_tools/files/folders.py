@@ -43,6 +43,7 @@ KINDS = {
     frozenset({"emloc.json"}): ADAPTER,
     frozenset({"emloc-merge.json"}): (*MODEL, "*.py", "__pycache__/*.pyc"),
     frozenset({"emloc-head.json"}): MODEL,
+    frozenset({"emloc-export.json"}): MODEL,
     frozenset({"results.json", "commands.sh"}): DEMO,
 }
 

@@ -28,7 +28,12 @@ from emloc_tools.models.labels import trained_head
 from emloc_tools.models.lora import LoraPair
 from emloc_tools.records import Progress, Step, silent
 from emloc_tools.stages.candidates import Target, load_pairs, open_base_target, require_shapes
-from emloc_tools.stages.corrector import Corrector, refuse_saved_factors, require_same_architecture
+from emloc_tools.stages.corrector import (
+    Corrector,
+    refuse_saved_factors,
+    require_same_architecture,
+    require_trained_on,
+)
 from emloc_tools.stages.refusals import (
     blaming_inputs,
     require_apart,
@@ -112,6 +117,7 @@ def correct(
         if trained.corrected:
             raise MismatchError(f"the adapter in {adapter} is corrected already; use it with its base as it is")
         bundle = stack.enter_context(contextlib.closing(Emulator(emulator)))
+        require_trained_on(trained, bundle)
         require_plain_lora(trained)
         refuse_saved_factors(trained, bundle)
         pairs = {} if data is None else load_pairs(trained)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from emloc_tools.errors import MismatchError, NumericalError, UnsupportedError
 from emloc_tools.files.adapter import Adapter
 from emloc_tools.files.emulator import FACTORS, Emulator
+from emloc_tools.files.exported import exported_emulator
 from emloc_tools.files.manifest import CorrectedLayer
 from emloc_tools.files.tensors import content_hash
 from emloc_tools.linalg.correction import correct_lora
@@ -94,6 +97,22 @@ class Corrector:
                 f"{stored} of {self._base_id} is not the weight that the emulator in {self._bundle.folder} was made "
                 f"from ({self._bundle.manifest.base.id}); pass that very model as --base"
             )
+
+
+def require_trained_on(trained: Adapter, bundle: Emulator) -> None:
+    """Refuse an adapter whose configuration leads to the dense export of another emulator.
+
+    An export that was moved away leaves no sign.
+    """
+    named = trained.config.get("base_model_name_or_path")
+    found = None
+    with contextlib.suppress(OSError, ValueError):  # a text that is no path
+        found = exported_emulator(Path(named)) if isinstance(named, str) else None
+    if found is not None and found != bundle.hash:
+        raise MismatchError(
+            f"{trained.folder} was trained on {named}, a dense export of another emulator than that in "
+            f"{bundle.folder}; pass the one that it was made from"
+        )
 
 
 def refuse_saved_factors(trained: Adapter, bundle: Emulator) -> None:

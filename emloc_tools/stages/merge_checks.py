@@ -7,8 +7,8 @@ from pathlib import Path
 
 from emloc_tools.errors import InputError, MismatchError
 from emloc_tools.files.adapter import Adapter
-from emloc_tools.files.emulator import MANIFEST as EMULATOR
 from emloc_tools.files.emulator import Emulator
+from emloc_tools.files.exported import emulator_in
 from emloc_tools.files.merged import merged_adapter
 from emloc_tools.models.base import BaseModel
 
@@ -46,7 +46,7 @@ def _names_emulator(trained: Adapter) -> bool:
         return True
     named = trained.config.get("base_model_name_or_path")
     with contextlib.suppress(OSError, ValueError):  # a text that is no path
-        return isinstance(named, str) and (Path(named) / EMULATOR).is_file()
+        return isinstance(named, str) and emulator_in(Path(named)) is not None
     return False
 
 

@@ -14,6 +14,7 @@ from torch import nn
 from emloc_tools.errors import InputError, UnsupportedError
 from emloc_tools.files.adapter import Adapter
 from emloc_tools.files.emulator import MANIFEST as EMULATOR
+from emloc_tools.files.exported import NOTE as EXPORT
 from emloc_tools.files.folders import require_folder
 from emloc_tools.models.base import weight_name
 from emloc_tools.models.source import first_line
@@ -53,9 +54,10 @@ def require_artifact(path: Path, marker: str, what: str) -> None:
 
 
 def require_original(base: str) -> None:
-    """Refuse an emulator where the model that it stands for is meant."""
-    if (Path(os.path.expanduser(base)) / EMULATOR).is_file():  # noqa: PTH111
-        raise InputError(f"--base {base} is an emulator; pass the model that it was made from, which {EMULATOR} names")
+    """Refuse an emulator, as factors or dense, where the model that it stands for is meant."""
+    for note in (EMULATOR, EXPORT):
+        if (Path(os.path.expanduser(base)) / note).is_file():  # noqa: PTH111
+            raise InputError(f"--base {base} is an emulator; pass the model that it was made from, which {note} names")
 
 
 def require_own_weights(layers: Iterable[Layer], source_of: Mapping[str, str]) -> None:

@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 
+from emloc_tools.stages.build_emulator import build_emulator
 from emloc_tools.stages.calibrate import CalibrationResult, calibrate
 from tests import pico
-from tests.experts.families import Seen, save, seen_by_experts, stacks
+from tests.experts.families import FAMILIES, Seen, save, seen_by_experts, stacks
 
 MAX_LENGTH = 40
+RATIO = 0.5
 SOURCE = Path(__file__).read_text(encoding="utf-8")
 TEXTS = [SOURCE[100 * number :][:length] for number, length in enumerate((12, 25, 60, 18, 31, 40))]
 
@@ -58,3 +60,12 @@ def case_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
         return made[family]
 
     return make
+
+
+@pytest.fixture(scope="session", params=list(FAMILIES))
+def built(request: pytest.FixtureRequest, case_of: Callable[[str], Case], tmp_path_factory: Any) -> tuple[Case, Path]:
+    """A case and its emulator, unweighted, all layers at one ratio."""
+    case, output = case_of(request.param), tmp_path_factory.mktemp("built") / "emulator"
+    options: dict[str, Any] = {"weighting": "none", "allocation": "uniform"}
+    build_emulator(base=str(case.base), calibration=case.calibration, ratio=RATIO, output=output, **options)
+    return case, output

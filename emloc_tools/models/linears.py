@@ -28,7 +28,7 @@ def _is_plain(kind: Any) -> bool:
     """Whether a subclass computes what Linear does, tried on a small one."""
     if kind.forward is nn.Linear.forward:
         # Only called: torch's attention, for one, reads the weight of such a layer without calling it.
-        return kind.__module__.partition(".")[0] != "torch"
+        return str(kind.__module__).partition(".")[0] != "torch"
     generator = torch.Generator().manual_seed(0)
     W, b, x = (torch.randn(*shape, generator=generator) for shape in ((3, 5), (3,), (2, 4, 5)))
     small = kind.__new__(kind)

@@ -136,6 +136,22 @@ def test_a_checkpoint_is_read_one_tensor_at_a_time_as_full_precision(layout: str
     opened.tensors.close()
 
 
+def test_transformers_reads_the_same_weights_where_it_dequantises(tmp_path: Path) -> None:
+    """It takes blocks to divide the weight evenly, as they do here; those of `test_weights_are_numbers…` need not."""
+    save_fp8(tmp_path, "block")
+    options = {"weight_block_size": BLOCK, "dequantize": True}
+    model = transformers.LlamaForCausalLM.from_pretrained(
+        tmp_path, quantization_config=transformers.FineGrainedFP8Config(**options), dtype=torch.bfloat16
+    )
+    opened = open_base(str(tmp_path))
+    weights = opened.weights()
+    loaded = weights.load(weights.stored_names())
+    opened.tensors.close()
+    assert loaded.keys() == dict(model.named_parameters()).keys()
+    for name, tensor in loaded.items():
+        assert torch.equal(tensor, model.get_parameter(name)), name
+
+
 def test_every_stage_takes_an_fp8_base_and_equals_the_full_precision_one(tmp_path: Path) -> None:
     products = save_fp8(tmp_path / "fp8", "block", "qwen3-moe")
     model = in_memory(tmp_path / "fp8", products, tmp_path / "plain")

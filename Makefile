@@ -39,6 +39,7 @@ bench: $(VENV)/.developer ## Measure again what docs/benchmarks.md shows (about 
 	$(BIN)/python -m benchmarks.decomposition
 	$(BIN)/python -m benchmarks.backward
 	$(BIN)/python -m benchmarks.billion
+	$(BIN)/python -m benchmarks.diffusion
 
 clean: ## Remove the environments, caches and the demo's files
 	rm -rf $(VENV) .venv-trainer-* .mypy_cache .ruff_cache .pytest_cache .hypothesis $(OUTPUT)

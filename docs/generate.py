@@ -17,7 +17,13 @@ from emloc_tools.cli import main as group
 
 DOCS = Path(__file__).parent
 RESULTS = DOCS.parent / "benchmarks" / "results"
-WITH_RESULTS = (DOCS.parent / "README.md", DOCS / "benchmarks.md", DOCS / "transfer.md", DOCS / "heads.md")
+WITH_RESULTS = (
+    DOCS.parent / "README.md",
+    DOCS / "benchmarks.md",
+    DOCS / "transfer.md",
+    DOCS / "heads.md",
+    DOCS / "diffusion.md",
+)
 WIDTH = 100
 INTRODUCTION = """# Command reference
 

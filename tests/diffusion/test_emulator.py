@@ -123,8 +123,9 @@ def test_truncate_equals_a_new_build_of_that_size(flux: Case, tmp_path: Path) ->
 
 
 def test_the_transformer_is_found_in_its_pipeline(flux: Case, tmp_path: Path) -> None:
-    """The folder of the pipeline and that of the transformer mean the same model."""
-    calibrate(base=f"{flux.base}/transformer", data=flux.inputs, output=tmp_path / "inner", device="cpu")
+    """The folder of the pipeline and that of the transformer mean the same model, whose weights are read once."""
+    result = calibrate(base=f"{flux.base}/transformer", data=flux.inputs, output=tmp_path / "inner", device="cpu")
+    assert result.bytes_read == sum(tensor.nbytes for tensor in read_tensors(flux.pipeline / "transformer").values())
     ours, theirs = (read_tensors(folder) for folder in (tmp_path / "inner", flux.calibration))
     assert set(ours) == set(theirs)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)

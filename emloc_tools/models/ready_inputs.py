@@ -1,4 +1,7 @@
-"""Data files of ready model inputs: safetensors with tensors named `<n>/<argument>`, for models of any kind."""
+"""Data files of ready model inputs: safetensors with tensors named `<n>/<argument>`, for models of any kind.
+
+An argument that is a dictionary of tensors has one named `<n>/<argument>.<key>` for each of its keys.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import re
 from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,7 +28,7 @@ def read_ready_inputs(path: Path, samples: int | None, seed: int, limits: Limits
     with closing(file):
         numbers: dict[int, dict[str, str]] = {}
         for name in file.specs():
-            match = re.fullmatch(r"(0|[1-9]\d*)/(\w+)", name)
+            match = re.fullmatch(r"(0|[1-9]\d*)/(\w+(?:\.\w+)?)", name)
             if match is None:
                 raise InputError(f"{path}: the tensor {name!r} is not named <n>/<argument>, such as 0/input_ids")
             numbers.setdefault(int(match[1]), {})[match[2]] = name
@@ -36,6 +40,18 @@ def read_ready_inputs(path: Path, samples: int | None, seed: int, limits: Limits
             _check_ids(f"{path}: {number}/input_ids", inputs, limits)
             found.append(inputs)
     return found
+
+
+def arguments_of(inputs: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """Keyword arguments of a model: tensors, and dictionaries of those whose names have two parts."""
+    arguments: dict[str, Any] = {}
+    for name, tensor in inputs.items():
+        outer, _, key = name.partition(".")
+        if key:
+            arguments.setdefault(outer, {})[key] = tensor
+        else:
+            arguments[name] = tensor
+    return arguments
 
 
 def padding_mask(inputs: Mapping[str, torch.Tensor]) -> torch.Tensor | None:

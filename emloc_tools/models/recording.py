@@ -6,6 +6,7 @@ import contextlib
 import inspect
 import itertools
 import random
+import re
 import reprlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -76,6 +77,8 @@ class Recorder:
         for name, value in given.items():
             if isinstance(value, torch.Tensor):
                 tensors[name] = value
+            elif _holds_tensors(value):
+                tensors |= {f"{name}.{key}": tensor for key, tensor in value.items() if tensor is not None}
             elif name not in OF_OUTPUT and not self._is_default(name, value):
                 raise self._unsupported(name, reprlib.repr(value))
         if TARGET in tensors:
@@ -101,6 +104,16 @@ class Recorder:
         )
 
 
+def _holds_tensors(value: Any) -> bool:
+    """Whether an argument is a dictionary of tensors by names, such as the embeddings that SDXL's unet takes."""
+    return (
+        isinstance(value, Mapping)
+        and any(each is not None for each in value.values())
+        and all(isinstance(each, torch.Tensor) for each in value.values() if each is not None)
+        and all(isinstance(key, str) and re.fullmatch(r"\w+", key) for key in value)
+    )
+
+
 @contextlib.contextmanager
 def record_inputs(
     module: nn.Module,
@@ -113,12 +126,13 @@ def record_inputs(
 ) -> Iterator[Recorder]:
     """Write the arguments of every call of `module` inside the block to `path`, for `calibrate --data`.
 
-    Tensors are stored as they are, `<n>/<argument>` for the n-th call, one call at a time; the file appears when the
-    block ends without an exception. Inside `with recorder.run():`, such as one run of a pipeline with its tens of
-    timesteps, only `per_run` calls are kept, spread evenly. `recorder.target(tensor)` adds what the last output is to
-    be; then `calibrate --gradients` has a loss, the squared error. With `probe` that is the output itself plus noise of
-    unit variance in every entry: the gradients' second moments are then, on average, those by which small errors at a
-    layer grow or shrink on their way to the output, whatever the output should be.
+    Tensors are stored as they are, `<n>/<argument>` for the n-th call (`<n>/<argument>.<key>` where an argument is a
+    dictionary of them), one call at a time; the file appears when the block ends without an exception. Inside `with
+    recorder.run():`, such as one run of a pipeline with its tens of timesteps, only `per_run` calls are kept, spread
+    evenly. `recorder.target(tensor)` adds what the last output is to be; then `calibrate --gradients` has a loss, the
+    squared error. With `probe` that is the output itself plus noise of unit variance in every entry: the gradients'
+    second moments are then, on average, those by which small errors at a layer grow or shrink on their way to the
+    output, whatever the output should be.
 
     Raises `InputError` for an unusable `path`, or if the module was not called; `UnsupportedError` for a call with
     anything that changes the result and is no tensor. The call itself then raises it.

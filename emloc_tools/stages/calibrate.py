@@ -24,6 +24,7 @@ from emloc_tools.models.base import choose_device, open_base, weight_name
 from emloc_tools.models.data import Batch, count_samples, count_tokens, load_batches
 from emloc_tools.models.layers import select_layers
 from emloc_tools.models.padding import Padding
+from emloc_tools.models.ready_inputs import arguments_of
 from emloc_tools.models.stream import MAX_UNIT_BYTES, LockStep
 from emloc_tools.models.units import partition
 from emloc_tools.models.weights import ModelWeights
@@ -237,7 +238,7 @@ def _forward(model: nn.Module, batch: Batch, device: torch.device, options: Mapp
     def call() -> Any:
         inputs = {name: tensor.to(device) for name, tensor in batch.inputs.items() if name != TARGET}
         with blaming_inputs(model, inputs):
-            return model(**{**options, **inputs})
+            return model(**{**options, **arguments_of(inputs)})
 
     return call
 

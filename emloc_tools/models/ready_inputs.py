@@ -34,6 +34,13 @@ def read_ready_inputs(path: Path, samples: int | None, seed: int, limits: Limits
             numbers.setdefault(int(match[1]), {})[match[2]] = name
         if not numbers:
             raise InputError(f"{path} holds no tensor; expected model inputs named <n>/<argument>")
+        for number, arguments in numbers.items():
+            twice = next((name for name in arguments if "." in name and name.partition(".")[0] in arguments), None)
+            if twice is not None:
+                outer = twice.partition(".")[0]
+                raise InputError(
+                    f"{path}: {number}/{outer} and {number}/{twice}; an argument is a tensor or a dictionary"
+                )
         found = []
         for number in choose(sorted(numbers), samples, seed):
             inputs = {argument: file.read(name) for argument, name in numbers[number].items()}

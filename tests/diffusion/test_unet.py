@@ -8,7 +8,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from emloc_tools import record_inputs
@@ -110,9 +110,15 @@ def test_at_full_rank_the_emulator_computes_what_the_base_does(
     assert errors[1] > 1e-2  # the control
 
 
-def test_a_key_that_the_model_misses_is_named(recorded: tuple[Path, nn.Module, Path], tmp_path: Path) -> None:
-    from safetensors.torch import save_file
+def test_an_argument_is_a_tensor_or_a_dictionary(recorded: tuple[Path, nn.Module, Path], tmp_path: Path) -> None:
+    save_file({**load_file(recorded[2]), "1/added_cond_kwargs": torch.ones(1)}, tmp_path / "inputs.safetensors")
+    with pytest.raises(
+        InputError, match=r"1/added_cond_kwargs and 1/added_cond_kwargs\.\w+; an argument is a tensor or"
+    ):
+        calibrate(base=str(recorded[0]), data=tmp_path / "inputs.safetensors", output=tmp_path / "out", device="cpu")
 
+
+def test_a_key_that_the_model_misses_is_named(recorded: tuple[Path, nn.Module, Path], tmp_path: Path) -> None:
     tensors = {name: tensor for name, tensor in load_file(recorded[2]).items() if not name.endswith("text_embeds")}
     save_file(tensors, tmp_path / "inputs.safetensors")
     with pytest.raises(InputError, match=r"UNet2DConditionModel cannot run on the inputs .*added_cond_kwargs.time_ids"):

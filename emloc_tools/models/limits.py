@@ -33,7 +33,10 @@ class Limits:
 def limits_of(config: Any) -> Limits:
     """The limits that a model's configuration tells."""
     text = config.get_text_config()
-    positions = getattr(text, "max_position_embeddings", None)
+    try:
+        positions = getattr(text, "max_position_embeddings", None)
+    except NotImplementedError:  # XLNet's way of saying that it has no limit
+        positions = None
     # Models of several modalities may give placeholder tokens ids beyond the text vocabulary.
     vocabulary = getattr(config, "vocab_size", None) if text is config else None
     learned = getattr(text, "rope_parameters", None) is None

@@ -292,6 +292,22 @@ class RefusesExperts:
         super().__setattr__(name, value)
 
 
+class InitialisedAsItsBase:
+    """Mixed into the emulator of a class of transformers, which fills what no file holds as it does for that class.
+
+    For code from elsewhere transformers 5 passes over modules without tensors of their own. But some of these fill
+    buffers of others, and Falcon-H1 would compute with whatever was in memory.
+    """
+
+    def initialize_weights(self) -> None:
+        """What `from_pretrained` calls."""
+        self.is_custom_code = lambda: False
+        try:
+            super().initialize_weights()  # type: ignore[misc]
+        finally:
+            del self.is_custom_code
+
+
 def _factor_stack(model: Any, path: str, rank: int) -> bool:
     """Replace a 3-D parameter of an experts module by factors; False if there is no such module."""
     parent, _, name = path.rpartition(".")

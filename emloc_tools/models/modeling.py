@@ -26,13 +26,14 @@ Load it with the Auto classes of transformers and trust_remote_code=True, train 
 
 CLASS = '''
 
-class Emloc{name}(RefusesExperts, {home}{name}):
+class Emloc{name}({parents}{name}):
     """{name} with the layers of config.emloc["ranks"] factored."""
 
     def __init__(self, config, *args, **kwargs):
 {first}        super().__init__(config, *args, **kwargs)
         factor_layers(self, {ranks})
 '''
+STOCK = "RefusesExperts, InitialisedAsItsBase, transformers."
 ALL_RANKS = 'config.emloc["ranks"]'
 # A class may be a part of the model only, such as the decoder; nothing is then asked of the other part's layers.
 SOME_RANKS = '{{name: rank for name, rank in config.emloc["ranks"].items() if not (name + ".").startswith({lacks!r})}}'
@@ -81,14 +82,14 @@ def modeling_of_own_code(architecture: str, module: str, autos: Collection[str])
     """The same for a base whose class is in the file `<module>.py` beside the modeling file."""
     text = HEADER.format(architecture=architecture).replace("Self-contained", f"Needs {module}.py")
     text += f"\n{_without_docstring(inspect.getsource(lowrank_modules))}\n\n\nfrom .{module} import {architecture}\n"
-    text += CLASS.format(name=architecture, home="", first="", ranks=ALL_RANKS)
+    text += CLASS.format(name=architecture, parents="RefusesExperts, ", first="", ranks=ALL_RANKS)
     return text, dict.fromkeys(autos, f"{FILE}.{emulator_name(architecture)}")
 
 
 def _class(fitting: Fitting, fused: bool, *, always: bool) -> str:
     """The text of one class; `always` says that the file is of no use to a transformers without it."""
     ranks = SOME_RANKS.format(lacks=fitting.lacks) if fitting.lacks else ALL_RANKS
-    text = CLASS.format(name=fitting.name, home="transformers.", first=REQUIRE if fused else "", ranks=ranks)
+    text = CLASS.format(name=fitting.name, parents=STOCK, first=REQUIRE if fused else "", ranks=ranks)
     return text if always else IF_KNOWN.format(name=fitting.name, indented=textwrap.indent(text.lstrip("\n"), "    "))
 
 

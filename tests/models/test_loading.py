@@ -239,3 +239,21 @@ def test_options_reach_from_pretrained(emulator: Path) -> None:
     layers = [module for module in model.modules() if isinstance(module, LowRankLayer)]
     assert layers
     assert {layer.U.dtype for layer in layers} == {torch.bfloat16}
+
+
+def test_buffers_that_a_parent_fills_are_those_of_the_base(tmp_path: Path) -> None:
+    """For code that is not its own, transformers 5 leaves Falcon-H1's multipliers as they lie in memory."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    mamba = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_d_ssm": 64}
+    config = transformers.FalconH1Config(
+        vocab_size=64, num_hidden_layers=1, head_dim=8, **sizes, **mamba, ssm_multipliers=[0.5, 0.7, 0.9, 1.1, 1.3]
+    )
+    transformers.FalconH1ForCausalLM(config).save_pretrained(tmp_path / "base")
+    build_emulator(base=str(tmp_path / "base"), ratio=0.5, output=tmp_path / "emulator")
+    base = transformers.FalconH1ForCausalLM.from_pretrained(tmp_path / "base")
+    expected = base.model.layers[0].mamba.mup_vector
+    assert len(expected.unique()) == 5
+    by_code = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "emulator", trust_remote_code=True)
+    for emulator in (by_code, load_emulator(tmp_path / "emulator")):
+        assert torch.equal(emulator.model.layers[0].mamba.mup_vector, expected)
+        assert emulator.is_custom_code()  # as ever after loading, so that no keys are converted

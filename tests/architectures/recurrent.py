@@ -70,4 +70,23 @@ FAMILIES = (
         no_lora=("out_proj",),
         notes=MAMBA,
     ),
+    Family(
+        "Falcon-H1",
+        "FalconH1ForCausalLM",
+        "text",
+        configured(
+            "FalconH1Config",
+            num_key_value_heads=2,
+            head_dim=8,
+            mamba_n_heads=8,
+            mamba_d_head=8,
+            mamba_d_state=8,
+            mamba_d_ssm=64,
+            mamba_chunk_size=8,
+            ssm_multipliers=[0.5, 0.7, 0.9, 1.1, 1.3],
+        ),
+        texts,
+        no_lora=("out_proj",),
+        notes=MAMBA,
+    ),
 )

@@ -66,7 +66,7 @@ def sizes_of(model: nn.Module) -> Sizes:
 
 
 def inference_and_groups(
-    model: nn.Module, layers: Sequence[Layer], inputs: Mapping[str, torch.Tensor]
+    model: nn.Module, layers: Sequence[Layer], inputs: Mapping[str, Any]
 ) -> tuple[Memory, list[list[Layer]]]:
     """The peak of a forward pass without gradients, and the layers in groups that read the same tensor in it.
 

@@ -7,14 +7,16 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map
 
 from emloc_tools.errors import InputError, UnsupportedError
 from emloc_tools.models.diffusion import DiffusersConfig
 
 PIXELS_PER_LATENT = 8  # in each direction, of the autoencoders of Stable Diffusion and FLUX
 WORDS_OF_CLIP = 77
+SIZES_OF_SDXL = 6  # of the picture, its crop and its target, each as height and width
 
-Inputs = dict[str, torch.Tensor]
+Inputs = dict[str, Any]  # tensors, or dictionaries of tensors
 
 
 def denoiser_inputs(
@@ -35,8 +37,8 @@ def denoiser_inputs(
             f"--resolution {resolution[0]}x{resolution[1]}: both must be multiples of {2 * PIXELS_PER_LATENT}"
         )
     height, width = (size // PIXELS_PER_LATENT for size in resolution)
-    found = make(model.config, batch, length, height, width)
-    return {name: tensor.to(_dtype(model)) for name, tensor in found.items()}
+    found: Inputs = tree_map(lambda tensor: tensor.to(_dtype(model)), make(model.config, batch, length, height, width))
+    return found
 
 
 def _dtype(model: nn.Module) -> torch.dtype:
@@ -69,17 +71,22 @@ def _sd3(config: Any, batch: int, length: int, height: int, width: int) -> Input
 
 
 def _unet(config: Any, batch: int, length: int, height: int, width: int) -> Inputs:
-    """Stable Diffusion 1 and 2. SDXL takes a dictionary besides, which no file of inputs can hold."""
-    if config.addition_embed_type is not None:
-        raise UnsupportedError(
-            f"this UNet takes additional embeddings ({config.addition_embed_type}) in a dictionary, which is not "
-            "supported"
-        )
-    return {
+    """Stable Diffusion 1 and 2, and SDXL with its sizes and pooled text beside."""
+    found: Inputs = {
         "sample": torch.zeros(batch, config.in_channels, height, width),
         "timestep": torch.ones(batch),
         "encoder_hidden_states": torch.zeros(batch, min(length, WORDS_OF_CLIP), config.cross_attention_dim),
     }
+    if config.addition_embed_type == "text_time":
+        pooled = config.projection_class_embeddings_input_dim - SIZES_OF_SDXL * config.addition_time_embed_dim
+        sizes = torch.zeros(batch, SIZES_OF_SDXL)
+        return {**found, "added_cond_kwargs": {"text_embeds": torch.zeros(batch, pooled), "time_ids": sizes}}
+    if config.addition_embed_type is not None:
+        raise UnsupportedError(
+            f"the additional embeddings of this UNet ({config.addition_embed_type}) are not known here; give --data "
+            "with ready model inputs, which record-inputs writes"
+        )
+    return found
 
 
 DENOISERS: dict[str, Callable[[Any, int, int, int, int], Inputs]] = {

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from emloc_tools.errors import InputError, UnsupportedError
 from emloc_tools.files.ready_inputs import TARGET
@@ -24,7 +25,7 @@ from emloc_tools.models.processors import load_processor, placeholders, reads_im
 from emloc_tools.models.source import Source
 from emloc_tools.planning.denoisers import denoiser_inputs
 
-Inputs = dict[str, torch.Tensor]
+Inputs = dict[str, Any]  # tensors, or dictionaries of tensors
 
 PREPROCESSOR = "preprocessor_config.json"
 FRAMES = 3000  # of Whisper's spectrograms: 30 seconds
@@ -170,12 +171,9 @@ def _of_data(model: Any, config: Any, source: Source, shape: Shape, trust_remote
         seed=0,
         trust_remote_code=trust_remote_code,
     )
-    largest = max(batches, key=lambda batch: sum(tensor.numel() for _, tensor in batch.inputs.items()))
-    found = {
-        name: tensor.to(model.dtype) if tensor.is_floating_point() else tensor
-        for name, tensor in largest.inputs.items()
-        if name != TARGET
-    }
+    largest = max(batches, key=lambda batch: sum(tensor.numel() for tensor in tree_leaves(dict(batch.inputs.items()))))
+    given = {name: value for name, value in largest.inputs.items() if name != TARGET}
+    found: Inputs = tree_map(lambda tensor: tensor.to(model.dtype) if tensor.is_floating_point() else tensor, given)
     if largest.labels is not None:
         return {**found, "labels": largest.labels}
     return _with_labels(model, config, found)
@@ -186,7 +184,7 @@ def _with_labels(model: Any, config: Any, inputs: Inputs) -> Inputs:
     if "labels" in inputs or "labels" not in inspect.signature(model.forward).parameters:
         return inputs
     if "input_ids" not in inputs or classifies_sequences(type(model).__name__):
-        rows: Sequence[int] = next(iter(inputs.values())).shape[:1]
+        rows: Sequence[int] = tree_leaves(inputs)[0].shape[:1]
         return {**inputs, "labels": torch.zeros(rows, dtype=torch.long)}
     return {**inputs, "labels": inputs["input_ids"].clone()}
 

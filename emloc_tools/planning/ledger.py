@@ -77,7 +77,11 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         kwargs = kwargs or {}
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        guess = GUESSES.get(func) if any(isinstance(tensor, FakeTensor) for tensor in given) else None
+        guess = None
+        if any(isinstance(tensor, FakeTensor) for tensor in given):
+            # An optimizer scales its step by such a value, and takes the same memory whatever it is.
+            is_scale = func is torch.ops.aten._local_scalar_dense.default and self._kind == "training_state"
+            guess = (lambda tensor: 1.0) if is_scale else GUESSES.get(func)
         try:
             if guess is not None:
                 result = guess(*args, **kwargs)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_map
 
 from emloc_tools.errors import InputError, UnsupportedError
 from emloc_tools.models.source import first_line
@@ -43,7 +44,7 @@ class Training:
     optimizer: str = "adamw"
 
 
-def training_memory(model: nn.Module, inputs: Mapping[str, torch.Tensor], training: Training) -> Memory:
+def training_memory(model: nn.Module, inputs: Mapping[str, Any], training: Training) -> Memory:
     """The peak of a training step in steady state, of a model on meta with its weights as they would be on a device.
 
     The step is a forward pass with loss, a backward pass, and the update; the optimizer's state is there from the step
@@ -80,7 +81,7 @@ def training_memory(model: nn.Module, inputs: Mapping[str, torch.Tensor], traini
     return ledger.peak
 
 
-def inference_memory(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> Memory:
+def inference_memory(model: nn.Module, inputs: Mapping[str, Any]) -> Memory:
     """The peak of one forward pass without gradients, of a model on meta; of a language model with its cache."""
     ledger = Ledger(vocabulary_of(model))
     ledger.fake_parameters(model.eval())
@@ -94,7 +95,7 @@ def inference_memory(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> Me
     return ledger.peak
 
 
-def loss_of(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def loss_of(model: nn.Module, inputs: Mapping[str, Any]) -> torch.Tensor:
     """The model's own loss where the inputs have labels, else the mean square of its first output in float32."""
     output = model(**inputs)
     if "labels" in inputs:
@@ -155,18 +156,19 @@ def _checkpoint(model: Any) -> None:
         raise InputError(f"{name} has no gradient checkpointing; plan with --no-gradient-checkpointing") from error
 
 
-def _copied(inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _copied(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """The inputs as tensors of this step, which count."""
-    return {name: tensor.clone() for name, tensor in inputs.items()}
+    copied: dict[str, Any] = tree_map(lambda tensor: tensor.clone(), dict(inputs))
+    return copied
 
 
 @contextlib.contextmanager
-def _blaming(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> Iterator[None]:
+def _blaming(model: nn.Module, inputs: Mapping[str, Any]) -> Iterator[None]:
     """Turn what a model says of inputs that it cannot take into an error that names them."""
     try:
         yield
     except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
-        shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in inputs.items())
+        shapes = ", ".join(f"{name} {list(getattr(value, 'shape', value))}" for name, value in inputs.items())
         raise UnsupportedError(
             f"{type(model).__name__} cannot be run in thought on {shapes}: {first_line(error)}; --data may give it "
             "other inputs"

@@ -6,11 +6,14 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from emloc_tools.errors import InputError
+from emloc_tools.files.emulator import STEMS
 from emloc_tools.files.manifest import BaseRecord, made_by
 from emloc_tools.files.plan import Conditions, Model, Parts, PlanV1, Stage, read_plan, write_plan
 from emloc_tools.linalg.allocate import stored_values, uniform_ranks
@@ -171,7 +174,7 @@ def planned_build(path: Path) -> PlannedBuild:
     found = read_plan(path)
     if found.ratio is None:
         raise InputError(
-            f"{path} plans no emulator: {found.base.id} itself can be trained in {found.memory:,} bytes; train on it, or "
+            f"{path} plans no emulator: {found.base.id} itself fits into {found.memory:,} bytes; train on it, or "
             "give --ratio"
         )
     return PlannedBuild(found.base.id, found.base.revision, found.ratio, found.targets, found.exclude)
@@ -192,7 +195,7 @@ class _Steps:
 def _largest_emulator(
     skeleton: Callable[[], nn.Module],
     layers: Sequence[Layer],
-    inputs: Mapping[str, torch.Tensor],
+    inputs: Mapping[str, Any],
     training: Training,
     usable: int,
     of_base: Model,
@@ -249,10 +252,10 @@ def _adapter(model: nn.Module, training: Training) -> int:
     return sum(sizes) * training.lora_rank * training.lora_dtype.itemsize
 
 
-def _tokens(inputs: Mapping[str, torch.Tensor]) -> int:
+def _tokens(inputs: Mapping[str, Any]) -> int:
     """Tokens of a batch, of denoisers those of the picture and of the text; about, for models without any."""
     names = ("input_ids", "hidden_states", "encoder_hidden_states")
-    given = [inputs[name] for name in names if name in inputs] or [next(iter(inputs.values()))]
+    given = [inputs[name] for name in names if name in inputs] or [tree_leaves(inputs)[0]]
     return sum(tensor.shape[:2].numel() for tensor in given)
 
 
@@ -263,7 +266,8 @@ def _hidden(layers: Sequence[Layer]) -> int:
 
 def _dtype_of_diffusers(source: Source) -> torch.dtype:
     """That of the weights in a local folder; of the Hub none are fetched, and these models are published in bf16."""
-    if source.revision is not None:
+    stem = STEMS["diffusers"]
+    if not any((source.folder / f"{stem}.safetensors{index}").is_file() for index in ("", ".index.json")):
         return torch.bfloat16
     with open_tensors(source, "diffusers") as tensors:
         return stored_dtype(tensors)

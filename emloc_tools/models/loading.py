@@ -10,7 +10,7 @@ from torch import nn
 from emloc_tools.errors import UnsupportedError
 from emloc_tools.files.emulator import Emulator
 from emloc_tools.models.diffusion import diffusers_class
-from emloc_tools.models.lowrank_modules import InitialisedAsItsBase, RefusesExperts, factor_layers
+from emloc_tools.models.lowrank_modules import InitialisedAsItsBase, LoadsWholly, RefusesExperts, factor_layers
 
 
 def load_emulator(path: str | Path, **options: Any) -> Any:
@@ -47,6 +47,6 @@ def emulator_class(architecture: str) -> type[nn.Module]:
     # The class keeps its name and does not count as transformers' own, so that no key conversions are applied.
     return type(
         f"Emloc{architecture}",
-        (RefusesExperts, InitialisedAsItsBase, base),
+        (LoadsWholly, RefusesExperts, InitialisedAsItsBase, base),
         {"__init__": __init__, "__module__": __name__},
     )

@@ -308,6 +308,25 @@ class InitialisedAsItsBase:
             del self.is_custom_code
 
 
+class LoadsWholly:
+    """Mixed into the emulator of the base's own class: whatever the files do not hold would be random.
+
+    That is so where another version of transformers calls a part of the model otherwise, as 4 does with LLaVA's vision
+    tower, and is no more than a warning there.
+    """
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """As ever, but with an error in place of random weights."""
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)  # type: ignore[misc]
+        if missing := sorted(info["missing_keys"]):
+            raise ValueError(
+                f"{len(missing)} tensors, such as {missing[0]}, are not in this emulator and would be random: it is for "
+                f"another version of transformers than {transformers.__version__}, or damaged"
+            )
+        return (model, info) if output_loading_info else model
+
+
 def _factor_stack(model: Any, path: str, rank: int) -> bool:
     """Replace a 3-D parameter of an experts module by factors; False if there is no such module."""
     parent, _, name = path.rpartition(".")

@@ -82,14 +82,15 @@ def modeling_of_own_code(architecture: str, module: str, autos: Collection[str])
     """The same for a base whose class is in the file `<module>.py` beside the modeling file."""
     text = HEADER.format(architecture=architecture).replace("Self-contained", f"Needs {module}.py")
     text += f"\n{_without_docstring(inspect.getsource(lowrank_modules))}\n\n\nfrom .{module} import {architecture}\n"
-    text += CLASS.format(name=architecture, parents="RefusesExperts, ", first="", ranks=ALL_RANKS)
+    text += CLASS.format(name=architecture, parents="RefusesExperts, LoadsWholly, ", first="", ranks=ALL_RANKS)
     return text, dict.fromkeys(autos, f"{FILE}.{emulator_name(architecture)}")
 
 
 def _class(fitting: Fitting, fused: bool, *, always: bool) -> str:
-    """The text of one class; `always` says that the file is of no use to a transformers without it."""
+    """The text of one class; `always` says that it is the base's own, without which the file is of no use."""
     ranks = SOME_RANKS.format(lacks=fitting.lacks) if fitting.lacks else ALL_RANKS
-    text = CLASS.format(name=fitting.name, parents=STOCK, first=REQUIRE if fused else "", ranks=ranks)
+    parents = f"LoadsWholly, {STOCK}" if always else STOCK  # another class may have a head of its own, which is new
+    text = CLASS.format(name=fitting.name, parents=parents, first=REQUIRE if fused else "", ranks=ranks)
     return text if always else IF_KNOWN.format(name=fitting.name, indented=textwrap.indent(text.lstrip("\n"), "    "))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -257,3 +258,28 @@ def test_buffers_that_a_parent_fills_are_those_of_the_base(tmp_path: Path) -> No
     for emulator in (by_code, load_emulator(tmp_path / "emulator")):
         assert torch.equal(emulator.model.layers[0].mamba.mup_vector, expected)
         assert emulator.is_custom_code()  # as ever after loading, so that no keys are converted
+
+
+@pytest.mark.parametrize("by", ["the folder's own code", "load_emulator"])
+def test_a_tensor_that_the_files_lack_is_an_error_and_not_random(by: str, emulator: Path, tmp_path: Path) -> None:
+    """So it is where another version of transformers calls a part of the model otherwise."""
+    config = config_of(emulator)
+    own = next(auto for auto, cls in config["auto_map"].items() if cls.endswith(f".{config['architectures'][0]}"))
+
+    def load(folder: Path) -> Any:
+        if by == "load_emulator":
+            return load_emulator(folder)
+        return getattr(transformers, own).from_pretrained(folder, trust_remote_code=True)
+
+    damaged = tmp_path / "damaged"
+    shutil.copytree(emulator, damaged)
+    tensors = load_file(damaged / "model.safetensors")
+    name = next(name for name in tensors if name.endswith(("norm.weight", "ln_1.weight", "LayerNorm.weight")))
+    tensors[f"elsewhere.{name}"] = tensors.pop(name)
+    save_file(tensors, damaged / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises((ValueError, FormatError), match=re.escape(name)):
+        load(damaged)
+    load(emulator)  # the controls: the whole one loads, and a class of transformers makes up what is missing
+    cls = stock_class(damaged)
+    _, report = cls.from_pretrained(damaged, output_loading_info=True, ignore_mismatched_sizes=True)
+    assert name in report["missing_keys"]

@@ -117,7 +117,7 @@ def plan(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Find the largest emulator that can be trained in a given memory.
+    """Find the largest emulator that a memory can train.
 
     A training step is run in thought, on tensors without memory: of the base, and of emulators of several sizes. No
     weight is read, and of a Hub id none is fetched. Shows what the memory goes to, and what every stage needs.

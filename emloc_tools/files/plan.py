@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -85,24 +84,27 @@ class PlanV1(Strict):
     stages: list[Stage]
 
 
-def write_plan(path: Path, plan: PlanV1, *, overwrite: bool) -> None:
-    """Write a plan; it appears under its name only when it is complete. Raises `InputError` if there is one."""
+def check_plan(path: Path, *, overwrite: bool) -> None:
+    """Raise `InputError` for a file that a plan cannot be written to."""
     if os.path.lexists(path) and not (overwrite and path.is_file()):
-        raise InputError(f"{path} exists; choose another --save, or --overwrite it")
+        raise InputError(f"{path} exists; choose another --save, or replace a file by --overwrite")
     if not path.parent.is_dir():
         raise InputError(f"{path.parent} is no folder; --save takes a file in an existing one")
+
+
+def write_plan(path: Path, plan: PlanV1) -> None:
+    """Write a plan; it appears under its name only when it is complete."""
     text = json.dumps(plan.model_dump(mode="json"), indent=2, allow_nan=False) + "\n"
-    with tempfile.NamedTemporaryFile(
-        "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
-    ) as file:
-        try:
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with unfinished.open("x", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-            Path(file.name).replace(path)
-        except BaseException:
-            Path(file.name).unlink(missing_ok=True)
-            raise
+        unfinished.replace(path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
 
 
 def read_plan(path: Path) -> PlanV1:

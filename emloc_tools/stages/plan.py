@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from emloc_tools.errors import InputError
 from emloc_tools.files.emulator import STEMS
 from emloc_tools.files.manifest import BaseRecord, made_by
-from emloc_tools.files.plan import Conditions, Model, Parts, PlanV1, Stage, read_plan, write_plan
+from emloc_tools.files.plan import Conditions, Model, Parts, PlanV1, Stage, check_plan, read_plan, write_plan
 from emloc_tools.linalg.allocate import stored_values, uniform_ranks
 from emloc_tools.models.diffusion import DiffusersConfig, stored_dtype
 from emloc_tools.models.layers import all_layers, select_layers
@@ -32,7 +32,7 @@ from emloc_tools.stages.refusals import require_original
 
 RESERVE = 0.05  # of the memory, for the context of CUDA, workspaces of its libraries and fragmentation
 SAMPLES = 64  # of a calibration, as calibrate takes by default
-TYPICAL_STEPS = 6  # that a search simulates
+TYPICAL_STEPS = 4  # that a search simulates
 
 
 def plan(
@@ -75,6 +75,8 @@ def plan(
     require_original(base)
     if optimizer not in OPTIMIZERS:
         raise InputError(f"--optimizer {optimizer} is not known; choose one of {', '.join(OPTIMIZERS)}")
+    if save is not None:
+        check_plan(save, overwrite=overwrite)
     reserve = int(memory * RESERVE) if reserve is None else reserve
     if reserve >= memory:
         raise InputError(f"--reserve {reserve:,} leaves nothing of --memory {memory:,}; choose less")
@@ -154,7 +156,7 @@ def plan(
         stages=[Stage(**asdict(each)) for each in needs],
     )
     if save is not None:
-        write_plan(save, result, overwrite=overwrite)
+        write_plan(save, result)
     return result
 
 

@@ -23,7 +23,6 @@ from emloc_tools.cli.inspect import inspect
 from emloc_tools.cli.merge import merge
 from emloc_tools.cli.merge_calibration import merge_calibration
 from emloc_tools.cli.plan import plan
-from emloc_tools.cli.plan import plan
 from emloc_tools.cli.record_inputs import record_inputs
 from emloc_tools.cli.truncate import truncate
 from emloc_tools.errors import EmlocError

@@ -321,8 +321,8 @@ class LoadsWholly:
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)  # type: ignore[misc]
         if missing := sorted(info["missing_keys"]):
             raise ValueError(
-                f"{len(missing)} tensors, such as {missing[0]}, are not in this emulator and would be random: it is for "
-                f"another version of transformers than {transformers.__version__}, or damaged"
+                f"{len(missing)} tensors, such as {missing[0]}, are not in this emulator and would be random: it is "
+                f"for another version of transformers than {transformers.__version__}, or damaged"
             )
         return (model, info) if output_loading_info else model
 

@@ -89,7 +89,10 @@ def inference_memory(model: nn.Module, inputs: Mapping[str, Any]) -> Memory:
     options = {"use_cache": True, "logits_to_keep": 1}
     options = {name: value for name, value in options.items() if name in accepted}
     with _quiet(), _blaming(model, inputs), torch.no_grad(), ledger:
-        given = {name: tensor for name, tensor in _copied(inputs).items() if name != "labels"}
+        given = _copied(inputs)
+        labels = given.pop("labels", None)
+        if labels is not None and "decoder_input_ids" in accepted:  # they stood for what the decoder reads
+            given.setdefault("decoder_input_ids", labels)
         ledger.start()
         model(**given, **options)
     return ledger.peak
@@ -167,7 +170,7 @@ def _blaming(model: nn.Module, inputs: Mapping[str, Any]) -> Iterator[None]:
     """Turn what a model says of inputs that it cannot take into an error that names them."""
     try:
         yield
-    except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
+    except (TypeError, ValueError, RuntimeError, AttributeError, LookupError) as error:
         shapes = ", ".join(f"{name} {list(getattr(value, 'shape', value))}" for name, value in inputs.items())
         raise UnsupportedError(
             f"{type(model).__name__} cannot be run in thought on {shapes}: {first_line(error)}; --data may give it "

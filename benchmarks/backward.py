@@ -156,9 +156,9 @@ def calls(model: Any, data: Path) -> Iterator[Any]:
 
 def streamed(base: Path, data: Path, output: Path, options: argparse.Namespace) -> dict[str, Any]:
     """The streamed backward."""
-    from emloc_tools.models.backward import BackwardLockStep
     from emloc_tools.models.base import open_base
     from emloc_tools.models.layers import select_layers
+    from emloc_tools.streaming.backward import BackwardLockStep
 
     warm()
     start, cpu = time.perf_counter(), time.process_time()
@@ -177,8 +177,8 @@ def in_memory(base: Path, data: Path, output: Path, options: argparse.Namespace)
     """The whole model in memory, one sample after the other, with gradient checkpointing and the same taps."""
     import transformers
 
-    from emloc_tools.models.gradients import tapped
     from emloc_tools.models.layers import select_layers
+    from emloc_tools.streaming.gradients import tapped
 
     warm()
     start, cpu = time.perf_counter(), time.process_time()

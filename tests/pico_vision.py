@@ -136,7 +136,8 @@ def save_processor(folder: Path, family: str) -> None:
             settings = {"image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2_5_VLProcessor"}
             settings |= {"patch_size": PATCH, "merge_size": 2, "temporal_patch_size": 2}
             _write(
-                folder / "preprocessor_config.json", {**settings, "min_pixels": 4 * PATCH**2, "max_pixels": 40 * PATCH**2}
+                folder / "preprocessor_config.json",
+                {**settings, "min_pixels": 4 * PATCH**2, "max_pixels": 40 * PATCH**2},
             )
             _write(folder / "chat_template.json", {"chat_template": template})
 

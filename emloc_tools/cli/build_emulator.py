@@ -26,7 +26,7 @@ EXAMPLE = """Example:
     "--from-plan",
     "from_plan",
     type=options.FILE,
-    help="File from plan --save: gives the base, the ratio and the layers. --base may name a copy of the base.",
+    help="File from plan --save, which gives base, ratio, layers and precision. --base may name a copy of the base.",
 )
 @click.option("--calibration", type=options.FOLDER, help="Folder from calibrate.  [default: plain SVD of the weights]")
 @options.size_options
@@ -100,6 +100,7 @@ def build_emulator(
             )
         planned = planned_build(from_plan)
         ratio, targets, exclude = planned.ratio, planned.targets, planned.exclude
+        dtype = planned.dtype if dtype == "auto" else dtype
         if base is None:
             base, revision = planned.base, revision or planned.revision
     if base is None:

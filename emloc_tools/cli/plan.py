@@ -151,10 +151,10 @@ def plan(
             command=options.command_line(),
             progress=progress,
         )
-    console.emit(result, as_json=as_json, quiet=quiet, draw=lambda out: _draw(out, result, save))
+    console.emit(result, as_json=as_json, quiet=quiet, draw=lambda out: _draw(out, result, save, dtype))
 
 
-def _draw(out: Console, result: PlanV1, save: Path | None) -> None:
+def _draw(out: Console, result: PlanV1, save: Path | None, dtype: str) -> None:
     from emloc_tools.cli import console
 
     usable = result.memory - result.reserve
@@ -170,7 +170,7 @@ def _draw(out: Console, result: PlanV1, save: Path | None) -> None:
         rows += [
             ("emulator", f"ratio {result.ratio:g}: {result.factored_layers} factored layers"),
             ("parameters", f"{result.emulator.parameters:,} of {result.base_model.parameters:,} ({share:.0%})"),
-            ("next", console.Verbatim(_build(result, save))),
+            ("next", console.Verbatim(_build(result, save, dtype))),
         ]
     console.facts(out, f"Plan for {result.base.id}", rows)
     out.print()
@@ -217,7 +217,7 @@ def _step(result: PlanV1) -> str:
     )
 
 
-def _build(result: PlanV1, save: Path | None) -> str:
+def _build(result: PlanV1, save: Path | None, dtype: str) -> str:
     """The build-emulator line; the calibration is still to be made."""
     if save is not None:
         words: list[object] = ["--from-plan", save]
@@ -226,4 +226,5 @@ def _build(result: PlanV1, save: Path | None) -> str:
         words += ["--revision", result.base.revision] if result.base.revision else []
         words += ["--targets", result.targets] if result.targets is not None else []
         words += ["--exclude", result.exclude] if result.exclude is not None else []
+        words += ["--dtype", dtype] if dtype != "auto" else []
     return options.runnable("build-emulator", *words, "--calibration", "CALIBRATION", "--output", "EMULATOR")

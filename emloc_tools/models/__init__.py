@@ -1,1 +1,1 @@
-"""Base models: where they are, what their checkpoints hold, their linear layers, their data, and streaming them."""
+"""Models: where they are, what their checkpoints hold, their layers and heads, and emulators as modules."""

@@ -6,7 +6,6 @@ import json
 from typing import Any
 
 from emloc_tools.errors import InputError
-from emloc_tools.models.images import require_pillow
 from emloc_tools.models.skeleton import reason
 from emloc_tools.models.source import Source
 
@@ -89,3 +88,13 @@ def _allowing_none(cls: Any) -> Any:
             return super().check_argument_for_proper_class(argument_name, argument)
 
     return Partial
+
+
+def require_pillow() -> None:
+    """Raise `InputError` where Pillow is not installed: it is an extra, for those who have images."""
+    try:
+        import PIL  # noqa: F401
+    except ImportError as error:
+        raise InputError(
+            'images need Pillow, which is not installed: pip install "emloc-tools[vision]", or pillow'
+        ) from error

@@ -15,13 +15,12 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from emloc_tools.data.batches import load_batches
 from emloc_tools.errors import InputError, UnsupportedError
 from emloc_tools.files.ready_inputs import TARGET
-from emloc_tools.models.data import load_batches
 from emloc_tools.models.diffusion import DiffusersConfig
-from emloc_tools.models.images import require_pillow
 from emloc_tools.models.labels import classifies_sequences
-from emloc_tools.models.processors import load_processor, placeholders, reads_images
+from emloc_tools.models.processors import load_processor, placeholders, reads_images, require_pillow
 from emloc_tools.models.source import Source
 from emloc_tools.planning.denoisers import denoiser_inputs
 

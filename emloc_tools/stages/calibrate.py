@@ -13,25 +13,25 @@ from typing import Any
 import torch
 from torch import nn
 
+from emloc_tools.data.batches import Batch, count_samples, count_tokens, load_batches
+from emloc_tools.data.ready_inputs import arguments_of
 from emloc_tools.errors import InputError
 from emloc_tools.files.calibration import GramSpool, write_calibration
 from emloc_tools.files.folders import check_output, new_folder
 from emloc_tools.files.manifest import BaseRecord, CalibratedLayer, CalibratedStack, DataRecord, file_hash, made_by
 from emloc_tools.files.ready_inputs import TARGET
 from emloc_tools.files.tensors import MAX_SHARD_SIZE
-from emloc_tools.models.backward import BackwardLockStep
 from emloc_tools.models.base import choose_device, open_base, weight_name
-from emloc_tools.models.data import Batch, count_samples, count_tokens, load_batches
 from emloc_tools.models.layers import select_layers
-from emloc_tools.models.padding import Padding
-from emloc_tools.models.ready_inputs import arguments_of
-from emloc_tools.models.stream import MAX_UNIT_BYTES, LockStep
-from emloc_tools.models.units import partition
 from emloc_tools.models.weights import ModelWeights
 from emloc_tools.records import Layer, Progress, silent
 from emloc_tools.stages.gradient_sums import GradientSums, batch_loss, loss_of
 from emloc_tools.stages.gram_sums import GramSums
 from emloc_tools.stages.refusals import blaming_inputs, require_apart, require_original, require_own_weights
+from emloc_tools.streaming.backward import BackwardLockStep
+from emloc_tools.streaming.padding import Padding
+from emloc_tools.streaming.stream import MAX_UNIT_BYTES, LockStep
+from emloc_tools.streaming.units import partition
 
 PIXELS = "pixel_values"  # the argument of models that read images
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 
+from emloc_tools.data.batches import Batch, load_batches
 from emloc_tools.errors import InputError, MismatchError
 from emloc_tools.files.adapter import CONFIG as ADAPTER
 from emloc_tools.files.adapter import Adapter
@@ -23,7 +24,6 @@ from emloc_tools.files.folders import check_output, new_folder
 from emloc_tools.files.manifest import BaseRecord, CorrectedLayer, DataRecord, file_hash, made_by
 from emloc_tools.linalg.correction import CLAMP
 from emloc_tools.models.base import choose_device, open_base
-from emloc_tools.models.data import Batch, load_batches
 from emloc_tools.models.labels import trained_head
 from emloc_tools.models.lora import LoraPair
 from emloc_tools.records import Progress, Step, silent

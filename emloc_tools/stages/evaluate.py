@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from emloc_tools.data.batches import load_batches
 from emloc_tools.errors import InputError
 from emloc_tools.files.adapter import CONFIG as ADAPTER
 from emloc_tools.files.adapter import Adapter
 from emloc_tools.files.emulator import MANIFEST as EMULATOR
 from emloc_tools.models.base import choose_device
-from emloc_tools.models.data import load_batches
 from emloc_tools.models.lora import LoraPair
 from emloc_tools.records import Progress, Step, silent
 from emloc_tools.stages.candidates import Target, load_pairs, open_base_target, open_emulator_target, require_shapes

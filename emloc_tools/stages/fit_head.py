@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 
+from emloc_tools.data.batches import Batch, count_tokens, load_batches, read_labels
 from emloc_tools.errors import InputError
 from emloc_tools.files.folders import check_output, new_folder
 from emloc_tools.files.headed import Shards, write_rest, write_shards
@@ -18,15 +19,14 @@ from emloc_tools.files.tensors import read_json
 from emloc_tools.linalg.minimum import Minimum
 from emloc_tools.models.base import choose_device
 from emloc_tools.models.companions import copy_companions
-from emloc_tools.models.data import Batch, count_tokens, load_batches, read_labels
-from emloc_tools.models.head_features import Features, Head
 from emloc_tools.models.heads import HeadedBase, open_headed
 from emloc_tools.models.labels import numbered
-from emloc_tools.models.stream import LockStep
 from emloc_tools.records import Progress, Step, silent
 from emloc_tools.stages.head_fitting import DECAYS, Quality, cross_validated, fit, quality, split
 from emloc_tools.stages.refusals import blaming_inputs, require_apart, require_original
 from emloc_tools.stages.scoring import forward_of, waves_of
+from emloc_tools.streaming.head_features import Features, Head
+from emloc_tools.streaming.stream import LockStep
 
 
 @dataclass(frozen=True)

@@ -9,19 +9,19 @@ from typing import Any
 import torch
 from torch import nn
 
+from emloc_tools.data.batches import Batch
 from emloc_tools.errors import InputError, NumericalError, UnsupportedError
 from emloc_tools.files.calibration import GramSpool
 from emloc_tools.files.ready_inputs import TARGET
 from emloc_tools.linalg.cross_entropy import IGNORED, summed_cross_entropy
 from emloc_tools.linalg.gram import accumulate
-from emloc_tools.models.backward import BackwardLockStep
-from emloc_tools.models.data import Batch
-from emloc_tools.models.gradients import Gradient
 from emloc_tools.models.labels import classifies_sequences
-from emloc_tools.models.padding import Padding, real_rows, real_slots
 from emloc_tools.models.skeleton import predicts_next_token
-from emloc_tools.models.units import Unit
 from emloc_tools.records import GradientGram, Loss, Progress, Step
+from emloc_tools.streaming.backward import BackwardLockStep
+from emloc_tools.streaming.gradients import Gradient
+from emloc_tools.streaming.padding import Padding, real_rows, real_slots
+from emloc_tools.streaming.units import Unit
 
 
 class GradientSums:

@@ -10,11 +10,11 @@ from emloc_tools.errors import InputError, NumericalError
 from emloc_tools.files.calibration import GramEntry, GramSpool
 from emloc_tools.linalg.gram import accumulate, smaller_side
 from emloc_tools.models.base import oriented
-from emloc_tools.models.observe import Observer, Reading
-from emloc_tools.models.padding import Padding
-from emloc_tools.models.stream import LockStep
-from emloc_tools.models.units import Unit
 from emloc_tools.records import Gram, Layer, Progress, Side, Step
+from emloc_tools.streaming.observe import Observer, Reading
+from emloc_tools.streaming.padding import Padding
+from emloc_tools.streaming.stream import LockStep
+from emloc_tools.streaming.units import Unit
 
 Key = tuple[str, ...]
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from emloc_tools.errors import InputError
 from emloc_tools.linalg.minimum import Minimum, minimise
-from emloc_tools.models.head_features import Features, Head
+from emloc_tools.streaming.head_features import Features, Head
 
 DECAYS = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)  # that are tried, the strongest first
 FOLDS = 5

@@ -169,6 +169,7 @@ class PlannedBuild:
     ratio: float
     targets: str | None
     exclude: str | None
+    dtype: str
 
 
 def planned_build(path: Path) -> PlannedBuild:
@@ -179,7 +180,8 @@ def planned_build(path: Path) -> PlannedBuild:
             f"{path} plans no emulator: {found.base.id} itself fits into {found.memory:,} bytes; train on it, or "
             "give --ratio"
         )
-    return PlannedBuild(found.base.id, found.base.revision, found.ratio, found.targets, found.exclude)
+    dtype = found.conditions.dtype
+    return PlannedBuild(found.base.id, found.base.revision, found.ratio, found.targets, found.exclude, dtype)
 
 
 class _Steps:

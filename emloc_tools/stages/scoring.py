@@ -18,12 +18,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from emloc_tools.data.batches import Batch
 from emloc_tools.errors import InputError, NumericalError
 from emloc_tools.linalg.cross_entropy import IGNORED, ROWS_PER_SOFTMAX
-from emloc_tools.models.data import Batch
 from emloc_tools.models.lora import LoraPair, attach_loras
-from emloc_tools.models.stream import LockStep
 from emloc_tools.models.weights import ModelWeights
+from emloc_tools.streaming.stream import LockStep
 
 # Activations of so many tokens are held while the model streams by once: a hidden state of each, 0.5 GB for a hidden
 # size of 4096 in bfloat16, and what the model's own code keeps between blocks. A larger batch has a pass of its own.

@@ -44,6 +44,19 @@ def test_a_plan_can_be_built_by_the_line_that_it_shows(base: Path, invoke: Invok
     assert ranks[0] == ranks[1]
 
 
+def test_the_line_without_a_file_says_what_the_plan_does(base: Path, invoke: Invoke) -> None:
+    """In bfloat16, by the ratio and the layers of the plan; the emulator then is of that precision."""
+    options = ("--targets", "mlp", "--exclude", "up_proj", "--dtype", "bfloat16")
+    shown = invoke("plan", "--base", base, "--memory", "270KB", "--reserve", "1", *SMALL[4:], *options, columns=300)
+    line = next(line for line in shown.stdout.splitlines() if "emloc-tools build-emulator" in line)
+    words = shlex.split(line[line.index("build-emulator") :])
+    place = words.index("--calibration")
+    assert invoke(*words[:place], *words[place + 2 : -1], "out").status == 0
+    config = json.loads(Path("out", "config.json").read_text())
+    assert sorted(config["emloc"]["ranks"]) == [f"model.layers.0.mlp.{name}_proj" for name in ("down", "gate")]
+    assert config["dtype"] == "bfloat16"
+
+
 def test_json_is_the_plan_and_nothing_else(base: Path, invoke: Invoke) -> None:
     given = invoke("plan", "--base", base, "--memory", "1GB", "--sequence-length", "8", "--targets", "mlp", "--json")
     plan = json.loads(given.stdout)

@@ -11,8 +11,8 @@ import torch
 import transformers
 from tokenizers import Tokenizer, processors
 
+from emloc_tools.data.batches import load_batches
 from emloc_tools.demo.train_lora import encode
-from emloc_tools.models.data import load_batches
 from emloc_tools.models.source import Source, open_source
 from tests import pico
 

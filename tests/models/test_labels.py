@@ -10,8 +10,8 @@ import pytest
 import torch
 import transformers
 
+from emloc_tools.data.batches import Batch, load_batches, read_labels
 from emloc_tools.errors import InputError
-from emloc_tools.models.data import Batch, load_batches, read_labels
 from emloc_tools.models.labels import numbered
 from emloc_tools.models.source import open_source
 from tests import pico

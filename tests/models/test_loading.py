@@ -23,7 +23,7 @@ from emloc_tools.models.lowrank_modules import LowRankLayer
 from emloc_tools.models.modeling import FILE, emulator_name, modeling_source
 from emloc_tools.stages.build_emulator import build_emulator
 from tests import pico
-from tests.models.streamed import batches, checkpoint
+from tests.streaming.streamed import batches, checkpoint
 
 FAMILIES = ["llama", "gpt2", "bert", "qwen3-moe"]
 

@@ -13,7 +13,7 @@ from emloc_tools.errors import MismatchError
 from emloc_tools.files.adapter import Adapter
 from emloc_tools.models.lora import LoraPair, attach_loras, match_module
 from tests import pico
-from tests.models.streamed import batches, in_memory, open_stream
+from tests.streaming.streamed import batches, in_memory, open_stream
 
 
 def save_adapter(folder: Path, base: Path, *, seed: int, **options: Any) -> None:

@@ -18,7 +18,7 @@ from emloc_tools.models.skeleton import build_skeleton, compute_dtype, load_conf
 from emloc_tools.models.source import open_source
 from tests import pico
 from tests.conftest import Run
-from tests.models.streamed import in_memory
+from tests.streaming.streamed import in_memory
 
 CODE = """
 from pathlib import Path

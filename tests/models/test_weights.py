@@ -16,7 +16,7 @@ from emloc_tools.files.tensors import content_hash
 from emloc_tools.models.base import BaseModel, open_base
 from emloc_tools.models.layers import select_layers
 from tests import pico
-from tests.models.streamed import batches, checkpoint, in_memory, open_stream, outputs, stream_outputs
+from tests.streaming.streamed import batches, checkpoint, in_memory, open_stream, outputs, stream_outputs
 
 
 def rewrite(folder: Path, change: Any) -> None:

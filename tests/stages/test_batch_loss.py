@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from emloc_tools.data.batches import Batch
 from emloc_tools.linalg.cross_entropy import ROWS_PER_SOFTMAX
-from emloc_tools.models.data import Batch
 from emloc_tools.stages.gradient_sums import batch_loss
 
 LENGTH, VOCABULARY = 8 * ROWS_PER_SOFTMAX, 600

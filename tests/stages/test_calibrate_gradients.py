@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from emloc_tools.errors import InputError, NumericalError, UnsupportedError
 from emloc_tools.files.tensors import TensorFolder
 from emloc_tools.linalg import cross_entropy
-from emloc_tools.models.backward import BackwardLockStep
 from emloc_tools.stages import calibrate as stage
 from emloc_tools.stages.calibrate import CalibrationResult, calibrate
+from emloc_tools.streaming.backward import BackwardLockStep
 from tests import pico
 from tests.stages.conftest import EXCLUDED, MAX_LENGTH, Case
 from tests.stages.loss_reference import (

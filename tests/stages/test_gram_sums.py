@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import nn
 
+from emloc_tools.data.batches import Batch
 from emloc_tools.errors import InputError, NumericalError
 from emloc_tools.files.calibration import GramSpool
-from emloc_tools.models.data import Batch
-from emloc_tools.models.padding import Padding
-from emloc_tools.models.units import Unit
 from emloc_tools.records import Layer, Step
 from emloc_tools.stages.gram_sums import GramSums
+from emloc_tools.streaming.padding import Padding
+from emloc_tools.streaming.units import Unit
 from tests.stages.reference import close_to
 
 

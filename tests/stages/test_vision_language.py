@@ -21,7 +21,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from emloc_tools.cli import main
-from emloc_tools.models.backward import BackwardLockStep
 from emloc_tools.models.processors import load_processor
 from emloc_tools.models.skeleton import load_config
 from emloc_tools.models.source import open_source
@@ -29,6 +28,7 @@ from emloc_tools.stages import calibrate as stage
 from emloc_tools.stages.build_emulator import build_emulator
 from emloc_tools.stages.calibrate import calibrate
 from emloc_tools.stages.evaluate import evaluate
+from emloc_tools.streaming.backward import BackwardLockStep
 from tests import pico, pico_vision
 from tests.pico_vision import answer, question
 from tests.stages.loss_reference import data_part, gradient_moments, read_gradients, unpacked

@@ -29,6 +29,7 @@ format: $(VENV)/.developer ## Put the code into the project's style
 docs: $(VENV)/.developer ## Write what is generated: command reference, recorded results, schemas
 	$(BIN)/python -m docs.generate
 	$(BIN)/python -m formats.make_schemas
+	$(BIN)/python -m formats.make_plan_golden
 
 architectures: $(VENV)/.developer ## Measure again what docs/architectures.md says of every family of models (two minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.architectures.table
@@ -39,6 +40,7 @@ bench: $(VENV)/.developer ## Measure again what docs/benchmarks.md shows (about 
 	$(BIN)/python -m benchmarks.decomposition
 	$(BIN)/python -m benchmarks.backward
 	$(BIN)/python -m benchmarks.billion
+	$(BIN)/python -m benchmarks.plan
 	$(BIN)/python -m benchmarks.diffusion
 
 clean: ## Remove the environments, caches and the demo's files

@@ -22,6 +22,7 @@ WITH_RESULTS = (
     DOCS / "benchmarks.md",
     DOCS / "transfer.md",
     DOCS / "heads.md",
+    DOCS / "plan.md",
     DOCS / "diffusion.md",
 )
 WIDTH = 100

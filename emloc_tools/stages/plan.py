@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +13,16 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from emloc_tools.errors import InputError
-from emloc_tools.files.emulator import STEMS
 from emloc_tools.files.manifest import BaseRecord, made_by
 from emloc_tools.files.plan import Conditions, Model, Parts, PlanV1, Stage, check_plan, read_plan, write_plan
 from emloc_tools.linalg.allocate import stored_values, uniform_ranks
-from emloc_tools.models.diffusion import DiffusersConfig, stored_dtype
 from emloc_tools.models.layers import all_layers, select_layers
-from emloc_tools.models.lowrank_modules import factor_layers
-from emloc_tools.models.skeleton import build_skeleton, compute_dtype, load_config, model_class
-from emloc_tools.models.source import Source, open_source, open_tensors
 from emloc_tools.planning.costs import inference_and_groups, sizes_of, stage_needs
 from emloc_tools.planning.inputs import Shape, make_inputs
 from emloc_tools.planning.ledger import Memory
 from emloc_tools.planning.search import largest_fitting
 from emloc_tools.planning.step import OPTIMIZERS, Training, training_memory, vocabulary_of
+from emloc_tools.planning.subject import Subject, open_subject
 from emloc_tools.records import Layer, Progress, Step, silent
 from emloc_tools.stages.refusals import require_original
 
@@ -80,21 +76,11 @@ def plan(
     reserve = int(memory * RESERVE) if reserve is None else reserve
     if reserve >= memory:
         raise InputError(f"--reserve {reserve:,} leaves nothing of --memory {memory:,}; choose less")
-    source = open_source(base, revision=revision, trust_remote_code=trust_remote_code)
-    config = load_config(source, trust_remote_code=trust_remote_code)
-    cls = model_class(config, source, trust_remote_code=trust_remote_code)
-    if isinstance(config, DiffusersConfig):
-        config = replace(config, dtype=_dtype_of_diffusers(source))
-    else:
-        vars(config).pop("quantization_config", None)  # it is trained, and its emulator made, in full precision
-    shape = Shape(batch_size, sequence_length, images, image_size, resolution, data)
-
-    def skeleton() -> nn.Module:
-        return build_skeleton(cls, config, dtype=compute_dtype(config, dtype))
-
-    model = skeleton()
+    subject = open_subject(base, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
+    model, steps = subject.skeleton(), _Steps(progress)
     layers = select_layers(model, targets=targets, exclude=exclude)
-    inputs = make_inputs(model, config, source, shape, trust_remote_code=trust_remote_code)
+    shape = Shape(batch_size, sequence_length, images, image_size, resolution, data)
+    inputs = make_inputs(model, subject.config, subject.source, shape, trust_remote_code=trust_remote_code)
     training = Training(
         lora_rank,
         tuple(lora_targets) if lora_targets else tuple(layer.name for layer in layers if layer.experts is None),
@@ -102,54 +88,36 @@ def plan(
         gradient_checkpointing,
         optimizer,
     )
-    steps = _Steps(progress)
-    sizes, vocabulary = sizes_of(model), vocabulary_of(model)
-    of_base = Model(
-        parameters=_parameters(model), size=sizes.whole, training=_parts(training_memory(skeleton(), inputs, training))
-    )
-    adapter = _adapter(model, training)
+    of_base = _model(subject.skeleton(), inputs, training)
     steps.done("training on the base")
+    vocabulary, adapter = vocabulary_of(model), _adapter(model, training)
     inference, groups = inference_and_groups(model, layers, inputs)
     steps.done("inference with the base")
     ratio, found = None, None
     if of_base.training.total > memory - reserve:
-        ratio, found = _largest_emulator(skeleton, layers, inputs, training, memory - reserve, of_base, steps)
+        ratio, found = _largest_emulator(subject, layers, inputs, training, memory - reserve, of_base, steps)
     needs = stage_needs(
-        sizes,
+        sizes_of(subject.as_stored()),
         layers,
         groups,
         tokens=_tokens(inputs),
         samples=-(-SAMPLES // batch_size),
         hidden=_hidden(layers),
         vocabulary=vocabulary or 0,
-        itemsize=compute_dtype(config, dtype).itemsize,
+        itemsize=subject.stored_dtype.itemsize,
         emulator=found.size if found else 0,
         adapter=adapter,
     )
-    ranks = uniform_ranks(layers, ratio) if ratio is not None else {}
     result = PlanV1(
-        made_by=made_by(command, "diffusers" if isinstance(config, DiffusersConfig) else "transformers"),
-        base=BaseRecord(id=base, revision=source.revision, architecture=cls.__name__),
+        made_by=made_by(command, subject.library),
+        base=BaseRecord(id=base, revision=subject.source.revision, architecture=subject.cls.__name__),
         targets=targets,
         exclude=exclude,
         memory=memory,
         reserve=reserve,
         ratio=ratio,
-        factored_layers=len(ranks),
-        conditions=Conditions(
-            batch_size=batch_size,
-            sequence_length=sequence_length,
-            images=images,
-            image_size=list(image_size),
-            resolution=list(resolution),
-            data=str(data) if data is not None else None,
-            dtype=str(compute_dtype(config, dtype)).removeprefix("torch."),
-            lora_rank=lora_rank,
-            lora_targets=list(lora_targets) if lora_targets else None,
-            lora_dtype=lora_dtype,
-            gradient_checkpointing=gradient_checkpointing,
-            optimizer=optimizer,
-        ),
+        factored_layers=len(uniform_ranks(layers, ratio)) if ratio is not None else 0,
+        conditions=_conditions(shape, training, subject, lora_targets),
         emulator=found,
         base_model=of_base,
         inference=_parts(inference),
@@ -197,7 +165,7 @@ class _Steps:
 
 
 def _largest_emulator(
-    skeleton: Callable[[], nn.Module],
+    subject: Subject,
     layers: Sequence[Layer],
     inputs: Mapping[str, Any],
     training: Training,
@@ -207,22 +175,15 @@ def _largest_emulator(
 ) -> tuple[float, Model]:
     """The largest ratio that fits, and its emulator. Raises `InputError` where none does."""
     measured: dict[float, Model] = {}
-    itemsize = next(parameter for parameter in skeleton().parameters() if parameter.dim() > 1).itemsize
 
     def weigh(ratio: float) -> int:
         ranks = uniform_ranks(layers, ratio) if ratio < 1 else {}
-        return stored_values(layers, ranks) * itemsize
+        return stored_values(layers, ranks) * subject.dtype.itemsize
 
     def measure(ratio: float) -> int:
-        model = skeleton()
-        ranks = uniform_ranks(layers, ratio)
-        if ranks:
-            factor_layers(model, ranks)
-        parameters, nbytes = _parameters(model), _nbytes(model)
-        memory = training_memory(model, inputs, training)
-        measured[ratio] = Model(parameters=parameters, size=nbytes, training=_parts(memory))
+        measured[ratio] = _model(subject.skeleton(uniform_ranks(layers, ratio)), inputs, training)
         steps.done(f"training at ratio {ratio:g}")
-        return memory.total
+        return measured[ratio].training.total
 
     ratio = largest_fitting(measure, weigh, usable, of_base.training.total)
     if ratio is None:
@@ -240,12 +201,28 @@ def _parts(memory: Memory) -> Parts:
     return Parts(**memory.split())
 
 
-def _parameters(model: nn.Module) -> int:
-    return sum({id(parameter): parameter.numel() for parameter in model.parameters()}.values())
+def _model(model: nn.Module, inputs: Mapping[str, Any], training: Training) -> Model:
+    """What a model on meta is, and what its training takes; the model is used up."""
+    held = {id(parameter): parameter for parameter in model.parameters()}.values()
+    parameters, size = sum(each.numel() for each in held), sum(each.nbytes for each in held)
+    return Model(parameters=parameters, size=size, training=_parts(training_memory(model, inputs, training)))
 
 
-def _nbytes(model: nn.Module) -> int:
-    return sum({id(parameter): parameter.nbytes for parameter in model.parameters()}.values())
+def _conditions(shape: Shape, training: Training, subject: Subject, lora_targets: Sequence[str] | None) -> Conditions:
+    return Conditions(
+        batch_size=shape.batch_size,
+        sequence_length=shape.length,
+        images=shape.images,
+        image_size=list(shape.image_size),
+        resolution=list(shape.resolution),
+        data=str(shape.data) if shape.data is not None else None,
+        dtype=str(subject.dtype).removeprefix("torch."),
+        lora_rank=training.lora_rank,
+        lora_targets=list(lora_targets) if lora_targets else None,
+        lora_dtype=str(training.lora_dtype).removeprefix("torch."),
+        gradient_checkpointing=training.gradient_checkpointing,
+        optimizer=training.optimizer,
+    )
 
 
 def _adapter(model: nn.Module, training: Training) -> int:
@@ -266,12 +243,3 @@ def _tokens(inputs: Mapping[str, Any]) -> int:
 def _hidden(layers: Sequence[Layer]) -> int:
     """The width of what passes between blocks: the input that most layers have."""
     return Counter(layer.in_features for layer in layers).most_common(1)[0][0]
-
-
-def _dtype_of_diffusers(source: Source) -> torch.dtype:
-    """That of the weights in a local folder; of the Hub none are fetched, and these models are published in bf16."""
-    stem = STEMS["diffusers"]
-    if not any((source.folder / f"{stem}.safetensors{index}").is_file() for index in ("", ".index.json")):
-        return torch.bfloat16
-    with open_tensors(source, "diffusers") as tensors:
-        return stored_dtype(tensors)

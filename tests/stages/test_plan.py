@@ -123,7 +123,7 @@ def test_of_the_hub_no_weights_are_fetched(
     for path in base.glob("*.json"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     asked: list[str] = []
-    monkeypatch.setattr("emloc_tools.stages.plan.open_source", lambda base, **_: Source(base, "0" * 40, tmp_path))
+    monkeypatch.setattr("emloc_tools.planning.subject.open_source", lambda base, **_: Source(base, "0" * 40, tmp_path))
     monkeypatch.setattr(Source, "locate", lambda self, name: asked.append(name))
     found = plan(base="org/name", memory=MEMORY, **STEP)
     assert asked == []

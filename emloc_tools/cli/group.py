@@ -24,6 +24,7 @@ from emloc_tools.cli.merge import merge
 from emloc_tools.cli.merge_calibration import merge_calibration
 from emloc_tools.cli.plan import plan
 from emloc_tools.cli.record_inputs import record_inputs
+from emloc_tools.cli.trainer_config import trainer_config
 from emloc_tools.cli.truncate import truncate
 from emloc_tools.errors import EmlocError
 
@@ -98,7 +99,7 @@ def main() -> None:
 
 
 COMMANDS = (
-    *(plan, fit_head, record_inputs, calibrate, merge_calibration, build_emulator, truncate, export),
+    *(plan, fit_head, record_inputs, calibrate, merge_calibration, build_emulator, truncate, export, trainer_config),
     *(correct, merge, evaluate, inspect, demo),
 )
 for command in COMMANDS:

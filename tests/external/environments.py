@@ -1,8 +1,8 @@
-"""Two environments such as trainers have: transformers and PEFT, but nothing of emloc-tools and what it depends on.
+"""Environments such as trainers have: transformers and PEFT, one of them TRL, but nothing of emloc-tools.
 
     python -m tests.external.environments
 
-creates `.venv-trainer-old` and `.venv-trainer-new` in the repository's root, or makes them anew when something that
+creates `.venv-trainer-old`, `-new` and `-trl` in the repository's root, or makes them anew when something that
 they were made from changed. Each is a virtual environment with the releases of `constraints-<name>.txt` in it. torch,
 which may take gigabytes, is not installed again: it and its own dependencies are links to the running environment.
 """
@@ -24,7 +24,8 @@ from packaging.requirements import Requirement
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
-NAMES = ("old", "new")
+NAMES = ("old", "new")  # two generations of transformers
+TRAINERS = "trl"  # for the runs of trainers; transformers' own and accelerate come with it
 REMEDY = "run `python -m tests.external.environments`"
 
 
@@ -82,7 +83,7 @@ class Environment:
 
 def main() -> None:
     """Make the environments that are missing or stale."""
-    for environment in map(Environment, NAMES):
+    for environment in map(Environment, (*NAMES, TRAINERS)):
         if not environment.is_current():
             print(f"making {environment.folder.name}", flush=True)
             environment.create()

@@ -385,6 +385,8 @@ def factor_layers(model: Any, ranks: dict[str, int]) -> Any:
         raise ValueError(f"{type(model).__name__} has none of this emulator's layers, such as {next(iter(ranks))}")
     # One weight of one element makes every load without this code fail on its shape. With it, it is ignored.
     guards = [f"^{re.escape(path)}$" for path in dict.fromkeys(guarded)]
-    kind = set if int(transformers.__version__.split(".")[0]) >= 5 else list
+    # Early releases of transformers 5 take a list as those of 4 do, later ones a set.
+    annotations = transformers.PreTrainedModel.__annotations__
+    kind = set if "set" in str(annotations.get("_keys_to_ignore_on_load_unexpected")) else list
     model._keys_to_ignore_on_load_unexpected = kind([*(model._keys_to_ignore_on_load_unexpected or ()), *guards])
     return model

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 import transformers
@@ -140,3 +141,50 @@ def test_a_model_of_unknown_inputs_asks_for_data(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     with pytest.raises(UnsupportedError, match="takes input_values, of which the shape is not known here; give --data"):
         make_inputs(*opened(tmp_path), Shape())
+
+
+UNET: dict[str, Any] = {
+    "block_out_channels": (32, 64),
+    "layers_per_block": 1,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "cross_attention_dim": 32,
+    "attention_head_dim": 8,
+    "norm_num_groups": 8,
+}
+OF_SDXL = {
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": 64,
+}
+SD3: dict[str, Any] = {
+    "sample_size": 32,
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_layers": 1,
+    "attention_head_dim": 8,
+    "num_attention_heads": 4,
+    "joint_attention_dim": 32,
+    "caption_projection_dim": 32,
+    "pooled_projection_dim": 16,
+    "pos_embed_max_size": 96,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("SD3Transformer2DModel", SD3),
+        ("UNet2DConditionModel", UNET),
+        ("UNet2DConditionModel", {**UNET, **OF_SDXL}),
+    ],
+    ids=["SD3", "Stable Diffusion", "SDXL"],
+)
+def test_denoisers_take_the_inputs_and_give_a_picture_of_that_size(
+    name: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    real = getattr(diffusers, name)(**settings).eval()
+    real.save_pretrained(tmp_path)
+    given = make_inputs(*opened(tmp_path), Shape(2, 20, resolution=(64, 32)))
+    with torch.no_grad():
+        assert real(**given)[0].shape == (2, 4, 64 // 8, 32 // 8)

@@ -17,7 +17,7 @@ from emloc_tools.models.skeleton import build_skeleton
 from emloc_tools.planning.step import Training, inference_memory, training_memory
 from tests import pico
 from tests.conftest import RATIO, Run
-from tests.planning.measured import peak_of_inference, peak_of_training
+from tests.planning.measured import growth, peak_of_inference, peak_of_training
 
 ROUNDING = 2e-4  # small scalars of the loss and of the optimizer's counters
 STATE = torch.get_rng_state().nbytes  # of the generator: checkpointing keeps one per block, made below dispatch
@@ -83,6 +83,25 @@ def test_a_forward_pass_takes_what_is_foreseen(family: str) -> None:
     assert inference_memory(skeleton(family), given).total == pytest.approx(
         peak_of_inference(real, given), rel=ROUNDING
     )
+
+
+def test_a_decoder_beside_an_encoder_reads_the_labels_in_a_forward_pass() -> None:
+    sizes = {"vocab_size": 260, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+    config = transformers.T5Config(**sizes, decoder_start_token_id=0)
+    given = inputs()
+    foreseen = inference_memory(
+        build_skeleton(transformers.T5ForConditionalGeneration, config, dtype=torch.float32), given
+    )
+    real = transformers.T5ForConditionalGeneration(config).eval()
+    arguments = {**given, "decoder_input_ids": given["labels"]}
+    del arguments["labels"]
+
+    def forward() -> None:
+        with torch.no_grad():
+            real(**arguments, use_cache=True)
+
+    held = sum(tensor.nbytes for tensor in (*real.parameters(), *real.buffers(), *arguments.values()))
+    assert foreseen.total == pytest.approx(held + growth(forward), rel=1e-3)
 
 
 def test_the_parts_are_what_they_are_called() -> None:

@@ -1,4 +1,4 @@
-"""Means, standard deviations and the part of the gain that is closed, from the recorded scores."""
+"""Means, standard deviations and the part of the gain that is closed, from the recorded scores, as tables."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from benchmarks import record
-from benchmarks.transfer import plot
+from benchmarks.transfer import cells, plot
 
 Scores = list[dict[str, Any]]
 Key = tuple[str, str, float | None, str, str]  # base, bed, ratio, kind, variant
@@ -52,6 +52,8 @@ def _of_group(key: Key, group: Scores, ends: Mapping[tuple[str, str, int], Mappi
     value: dict[str, Any] = {"seeds": len(group), "loss": mean(losses), "loss_std": spread(losses)}
     if all("exact" in score for score in group):
         value["exact"] = mean(score["exact"] for score in group)
+    if "chosen" in group[0]:
+        value["chosen"] = [score["chosen"] for score in group]
     closed = []
     for score in group:
         end = ends.get((score["base"], score["bed"], score["seed"]), {})
@@ -70,27 +72,72 @@ def spread(values: Iterable[float]) -> float:
 
 
 def text(figures: Mapping[str, Any], table: Mapping[Key, Mapping[str, Any]]) -> str:
-    """A table per base and bed, in Markdown: a row per stand-in and ratio."""
+    """A table per base and bed, in Markdown: a row per stand-in and ratio; then the ablations and the uses."""
     lines = ["# Transfer", ""]
     for base, bed in dict.fromkeys((key[0], key[1]) for key in table):
         own = {key[2:]: value for key, value in table.items() if key[:2] == (base, bed)}
-        lines += [f"### Base {base}, bed {bed}", ""]
-        answers = any("exact" in value for value in own.values())
-        titles = ["ratio", "stand-in", "it, with LoRA", "base, uncorrected", "base, corrected", "gain closed"]
-        titles += ["exact"] if answers else []
-        lines += [f"| {' | '.join(titles)} |", "|--:|---|" + "--:|" * (len(titles) - 2)]
-        for variant in ("zero-shot", "LoRA on the base"):
-            value = own.get((None, "base", variant), {})
-            lines.append(_row(["", variant, "", loss(value), "", part(value)], value, answers))
-        for ratio, kind in sorted({key[:2] for key in own if key[0] is not None}):
-            trained, raw, corrected = (
-                own.get((ratio, kind, variant), {}) for variant in ("emulator with LoRA", "uncorrected", "corrected")
-            )
-            best = corrected or raw
-            cells = [f"{ratio:g}", kind, loss(trained), loss(raw), loss(corrected), part(best)]
-            lines.append(_row(cells, best, answers))
-        lines.append("")
+        lines += [f"### Base {base}, bed {bed}", "", *_stand_ins(own), ""]
+    lines += _across_beds("Ablations of the gradient weighting", "stand-in", _ablations(table))
+    lines += _across_beds("Other uses of the same LoRA", "LoRA of, use", _uses(table))
     return "\n".join([*lines, record.sentence(figures)]) + "\n"
+
+
+def _stand_ins(own: Mapping[tuple[float | None, str, str], Mapping[str, Any]]) -> list[str]:
+    """The table of one base and bed."""
+    answers = any("exact" in value for value in own.values())
+    titles = ["ratio", "stand-in", "it, with LoRA", "base, uncorrected", "base, corrected", "gain closed"]
+    titles += ["exact"] if answers else []
+    lines = [f"| {' | '.join(titles)} |", "|--:|---|" + "--:|" * (len(titles) - 2)]
+    for variant in ("zero-shot", "LoRA on the base"):
+        value = own.get((None, "base", variant), {})
+        lines.append(_row(["", variant, "", loss(value), "", part(value)], value, answers))
+    shown = (*cells.EMULATORS, *cells.STAND_INS)
+    for ratio, kind in sorted({key[:2] for key in own if key[0] is not None and key[1] in shown}):
+        its, raw, corrected = (
+            own.get((ratio, kind, v), {}) for v in ("emulator with LoRA", "uncorrected", "corrected")
+        )
+        its = its or own.get((ratio, kind, "with LoRA"), {})
+        best = corrected or raw or its
+        entries = [f"{ratio:g}", kind, loss(its), loss(raw), loss(corrected), part(best)]
+        lines.append(_row(entries, best, answers))
+    return lines
+
+
+Columns = dict[tuple[str, float, str], dict[str, Mapping[str, Any]]]  # base, ratio, name -> bed -> value
+
+
+def _ablations(table: Mapping[Key, Mapping[str, Any]]) -> Columns:
+    """Corrected LoRAs of the emulators of which one setting was changed, with the unchanged one."""
+    columns: Columns = defaultdict(dict)
+    for (base, bed, ratio, kind, variant), value in table.items():
+        if kind in cells.ABLATIONS and variant == "corrected" and ratio is not None:
+            columns[base, ratio, "gradient"][bed] = table[base, bed, ratio, "gradient", variant]
+            columns[base, ratio, kind][bed] = value
+    return columns
+
+
+def _uses(table: Mapping[Key, Mapping[str, Any]]) -> Columns:
+    """What else was made of a LoRA, with the correction as it is."""
+    columns: Columns = defaultdict(dict)
+    for (base, bed, ratio, kind, variant), value in table.items():
+        if kind in cells.USES and ratio is not None:
+            of = cells.USES[kind]
+            columns[base, ratio, f"{of}, corrected"][bed] = table[base, bed, ratio, of, "corrected"]
+            columns[base, ratio, f"{of}, {variant}"][bed] = value
+    return columns
+
+
+def _across_beds(title: str, what: str, columns: Columns) -> list[str]:
+    """A table of the gain closed with a column per bed; nothing where nothing was run."""
+    if not columns:
+        return []
+    beds = list(dict.fromkeys(bed for values in columns.values() for bed in values))
+    lines = [f"### {title}: gain closed", "", f"| base | ratio | {what} | {' | '.join(beds)} |"]
+    lines.append("|---|--:|---|" + "--:|" * len(beds))
+    for (base, ratio, name), values in sorted(columns.items(), key=lambda item: item[0][:2]):
+        closed = [part(values.get(bed, {})) for bed in beds]
+        lines.append(f"| {base} | {ratio:g} | {name} | {' | '.join(closed)} |")
+    return [*lines, ""]
 
 
 def _row(cells: list[str], value: Mapping[str, Any], answers: bool) -> str:

@@ -32,7 +32,13 @@ POSITIVE = click.IntRange(min=1)
 @click.option("--data", type=options.FILE, required=True, help="JSONL with text, messages, or prompt and completion.")
 @click.option("--lora", type=options.FOLDER, default=Path("lora"), help="Where the LoRA is to go.  [default: lora]")
 @click.option("--rank", type=POSITIVE, help="Rank of the LoRA.  [default: 16, less if the emulator's are]")
-@click.option("--learning-rate", type=click.FloatRange(min=0, min_open=True), default=2e-4, show_default=True)
+@click.option(
+    "--learning-rate",
+    type=click.FloatRange(min=0, min_open=True),
+    default=2e-4,
+    show_default=True,
+    help="Falls along half a cosine.",
+)
 @click.option("--batch-size", type=POSITIVE, default=1, show_default=True, help="Samples per device and step.")
 @click.option("--accumulation", type=POSITIVE, default=8, show_default=True, help="Batches per gradient step.")
 @click.option("--epochs", type=POSITIVE, default=1, show_default=True, help="How often to go through the data.")
@@ -72,7 +78,7 @@ def trainer_config(
         emulator=emulator,
         data=data,
         output=output,
-        adapter=lora,
+        lora=lora,
         rank=rank,
         learning_rate=learning_rate,
         batch_size=batch_size,

@@ -56,7 +56,7 @@ def trainer_config(
     emulator: Path,
     data: Path,
     output: Path,
-    adapter: Path = Path("lora"),
+    lora: Path = Path("lora"),
     rank: int | None = None,
     learning_rate: float = 2e-4,
     batch_size: int = 1,
@@ -86,12 +86,12 @@ def trainer_config(
         raise InputError(f"{emulator} has a tokenizer without a chat template, which the messages in {data} need")
     rank = rank or _default_rank(bundle)
     base = bundle.manifest.base.id
-    correct = ("correct", "--emulator", emulator, "--adapter", adapter, "--base", base, "--output", "corrected")
+    correct = ("correct", "--emulator", emulator, "--adapter", lora, "--base", base, "--output", "corrected")
     settings = Settings(
         emulator=str(emulator),
         data=str(data),
         kind=kind,
-        adapter=str(adapter),
+        adapter=str(lora),
         dtype=_dtype(bundle),
         targets=_targets(bundle),
         rank=rank,

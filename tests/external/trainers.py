@@ -77,9 +77,7 @@ def _write(case: Case, folder: Path, way: Way, *, trust: bool) -> Path:
     data = pico.write_jsonl(folder / "train.jsonl", DATA[way.data])
     path = folder / f"config{way.suffix}"
     small = {"steps": STEPS, "batch_size": 4, "accumulation": 1, "learning_rate": 1e-2, "max_length": 64}
-    trainer_config(
-        trainer=way.trainer, emulator=case.emulator, data=data, output=path, adapter=folder / "lora", **small
-    )
+    trainer_config(trainer=way.trainer, emulator=case.emulator, data=data, output=path, lora=folder / "lora", **small)
     if not trust:
         text, (trusting, untrusting) = path.read_text(encoding="utf-8"), TRUST[way.suffix]
         assert text.count(trusting) == 1

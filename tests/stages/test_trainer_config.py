@@ -164,7 +164,7 @@ def test_names_with_quotes_and_backslashes_survive(run: Run, tmp_path: Path) -> 
 
 def test_the_next_command_corrects_what_is_trained(run: Run, tmp_path: Path) -> None:
     result = trainer_config(
-        trainer="trl", emulator=run.emulator, data=run.data, output=tmp_path / "c.yaml", adapter=tmp_path / "lora"
+        trainer="trl", emulator=run.emulator, data=run.data, output=tmp_path / "c.yaml", lora=tmp_path / "lora"
     )
     expected = f"emloc-tools correct --emulator {run.emulator} --adapter {tmp_path / 'lora'} --base {run.base}"
     assert result.settings.next_command.startswith(expected)

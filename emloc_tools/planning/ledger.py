@@ -113,7 +113,6 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 if id(parameter) not in made:
                     made[id(parameter)] = self._faked(parameter)
                 module._parameters[name] = made[id(parameter)]
-        # Only now: the old parameters had to live, or an id could have come twice.
         for parameter in made.values():
             self.hold([parameter], "training_state" if parameter.requires_grad else "weights")
         self.hold(model.buffers(), "weights")

@@ -11,6 +11,7 @@ import jsonschema
 import pytest
 
 import emloc_tools.files
+from emloc_tools.files.plan import PlanV1
 from formats.make_golden import make
 from formats.make_schemas import MODELS, schema_text
 from tests.formats.golden import BAD, EXPECTED, FORMATS, GOOD, KINDS, MANIFESTS, golden
@@ -131,6 +132,7 @@ def test_every_version_that_is_written_has_an_entry_in_changes() -> None:
         for section in sections
     }
     versions = {kind: [model.model_fields["format_version"].default for model in MODELS[kind]] for kind in KINDS}
+    assert entries.pop("plan") == [PlanV1.model_fields["format_version"].default]  # a file, tested in test_plan.py
     assert entries == {kind: versions[kind][::-1] for kind in KINDS}
     assert all(found == list(range(1, len(found) + 1)) for found in versions.values())
 

@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 TORCH := $(shell grep '^torch==' constraints.txt)
 OUTPUT ?= demo-run
 
-.PHONY: help demo test lint format docs architectures bench clean
+.PHONY: help demo test test-trainers lint format docs architectures bench clean
 
 help: ## Show the targets
-	@grep -hE '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
+	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
 
 demo: $(VENV)/.installed ## Run the whole method on this machine (a few minutes)
 	$(BIN)/emloc-tools demo --overwrite --output $(OUTPUT)
@@ -16,6 +16,10 @@ demo: $(VENV)/.installed ## Run the whole method on this machine (a few minutes)
 test: $(VENV)/.developer lint ## Check everything that CI checks
 	$(BIN)/python -m tests.external.environments
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2
+
+test-trainers: $(VENV)/.developer ## Train by every trainer, and write the table of docs/trainers.md (a minute or two)
+	$(BIN)/python -m tests.external.environments
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.external.trainers_table $(ENVIRONMENTS)
 
 lint: $(VENV)/.developer ## Check style and types
 	$(BIN)/ruff check .

@@ -17,6 +17,7 @@ from tests.external.workshop import Case
 STEPS = 8
 SECONDS = 150  # a run takes some ten; processes that wait for each other must not wait for ever
 LOSS = re.compile(r"(?:'loss': '?|: loss )(\d+\.\d+)")
+REFUSED = re.compile("ignore_mismatched_sizes|size mismatch")  # what transformers says of the guard
 TRUST = {".yaml": ("trust_remote_code: true", "trust_remote_code: false")}
 TRUST[".py"] = ("TRUST_REMOTE_CODE = True", "TRUST_REMOTE_CODE = False")
 DATA = {
@@ -37,6 +38,8 @@ class Way:
     command: tuple[str, ...]
     data: str
     suffix: str = ".yaml"
+    programs: Path = Environment(TRAINERS).folder / "bin"
+    can_refuse: bool = True  # ms-swift runs a model's code in any case
 
 
 LAUNCH = ("accelerate", "launch", "--num_processes", "2")
@@ -47,6 +50,12 @@ WAYS = {
 }
 FSDP = ("--use_fsdp", "--fsdp_version", "2", "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP")
 SLOW_WAYS = {"fsdp2": Way("accelerate", (*LAUNCH, *FSDP), "messages", ".py")}
+# Each needs an environment of its own, with the dependencies that its release asks for.
+OTHER_WAYS = {
+    "axolotl": Way("axolotl", ("axolotl", "train"), "messages"),
+    "llamafactory": Way("llamafactory", ("llamafactory-cli", "train"), "messages"),
+    "ms-swift": Way("ms-swift", ("swift", "sft"), "messages", can_refuse=False),
+}
 
 
 @dataclass(frozen=True)
@@ -79,6 +88,7 @@ def _write(case: Case, folder: Path, way: Way, *, trust: bool) -> Path:
     small = {"steps": STEPS, "batch_size": 4, "accumulation": 1, "learning_rate": 1e-2, "max_length": 64}
     trainer_config(trainer=way.trainer, emulator=case.emulator, data=data, output=path, lora=folder / "lora", **small)
     if not trust:
+        assert way.can_refuse
         text, (trusting, untrusting) = path.read_text(encoding="utf-8"), TRUST[way.suffix]
         assert text.count(trusting) == 1
         path.write_text(text.replace(trusting, untrusting), encoding="utf-8")
@@ -86,27 +96,32 @@ def _write(case: Case, folder: Path, way: Way, *, trust: bool) -> Path:
 
 
 def _train(files: Mapping[str, Path], root: Path, ways: Mapping[str, Way]) -> dict[str, Outcome]:
-    programs = Environment(TRAINERS).folder / "bin"
-    variables = {"PATH": f"{programs}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    variables |= {"ACCELERATE_USE_CPU": "true", "HOME": str(root)}
+    variables = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HOME": str(root)}
+    variables["AXOLOTL_DO_NOT_TRACK"] = "1"
     running: dict[str, subprocess.Popen[bytes]] = {}
     outcomes = {}
     try:
         for name, path in files.items():
+            programs, (program, *options) = ways[name].programs, ways[name].command
             with path.with_suffix(".log").open("wb") as log:
                 running[name] = subprocess.Popen(
-                    [str(programs / ways[name].command[0]), *ways[name].command[1:], str(path)],
+                    [str(programs / program), *options, str(path)],
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,
                     cwd=path.parent,
-                    env={**variables, "HF_HOME": str(path.parent / "hf")},
+                    env={
+                        **variables,
+                        "PATH": f"{programs}:{os.environ['PATH']}",
+                        "HF_HOME": str(path.parent / "hf"),
+                    },
                     start_new_session=True,  # a launcher starts processes of its own
                 )
         for name, path in files.items():
             status = running[name].wait(SECONDS)
             log_text = path.with_suffix(".log").read_text(encoding="utf-8", errors="replace")
-            outcomes[name] = Outcome(status, log_text, path.parent / "lora")
+            written = sorted((path.parent / "lora").rglob("adapter_model.safetensors"))  # ms-swift adds a folder
+            outcomes[name] = Outcome(status, log_text, written[-1].parent if written else path.parent / "lora")
     finally:
         for process in running.values():
             if process.poll() is None:

@@ -264,7 +264,7 @@ def test_the_guard_is_ignored_by_the_factored_class_only() -> None:
 def test_ignored_keys_are_of_the_kind_that_the_release_of_transformers_joins_with_its_own(
     monkeypatch: pytest.MonkeyPatch, declared: str | None, kind: type
 ) -> None:
-    """Late releases of transformers 5 (5.16) declare sets, earlier ones (5.6) lists, and those of 4 nothing but take lists."""
+    """The newest releases of transformers declare sets, 5.6 a list, and those of 4 nothing: they take lists."""
     declarations = {"_keys_to_ignore_on_load_unexpected": declared} if declared else {}
     monkeypatch.setattr(transformers.PreTrainedModel, "__annotations__", declarations)
     assert type(factored()[0]._keys_to_ignore_on_load_unexpected) is kind

@@ -108,7 +108,9 @@ def trainer_config(
     _check_files(list(texts), overwrite)
     output.parent.mkdir(parents=True, exist_ok=True)
     for path, text in texts.items():
-        write_text(path, text)
+        partial = path.with_name(f".{path.name}.partial")
+        write_text(partial, text)
+        partial.replace(path)
     return TrainerConfig(trainer, list(texts), settings, RUN[trainer].format(shlex.quote(str(output))))
 
 

@@ -16,6 +16,7 @@ from emloc_tools.files.diffusers_lora import WEIGHTS as DIFFUSERS_LORA
 from emloc_tools.files.diffusers_lora import open_adapter
 from emloc_tools.files.emulator import MANIFEST as EMULATOR
 from emloc_tools.files.emulator import Emulator
+from emloc_tools.files.exported import NOTE as EXPORTED
 from emloc_tools.files.headed import NOTE as HEADED
 from emloc_tools.files.json_files import read_json
 from emloc_tools.files.manifest import AdapterV2, BaseRecord, GradientRecord
@@ -66,6 +67,7 @@ def inspect(
         CONFIG: _adapter,
         DIFFUSERS_LORA: _adapter,
         MERGED: _merged,
+        EXPORTED: _exported,
         HEADED: _headed,
     }
     options = {"--revision": revision, "--targets": targets, "--exclude": exclude}
@@ -236,6 +238,21 @@ def _merged(path: Path) -> Inspection:
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path / MERGED} is not what merge writes: {error}") from error
     return Inspection("merged model", path, facts)
+
+
+def _exported(path: Path) -> Inspection:
+    """What `emloc-export.json` says, which is provenance and no format."""
+    note = read_json(path / EXPORTED, "export note")
+    try:
+        facts = {
+            **_base(BaseRecord.model_validate(note["base"])),
+            "emulator": note["emulator"],
+            "multiplied_tensors": len(note["multiplied"]),
+            "made_by": note["made_by"]["command"],
+        }
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path / EXPORTED} is not what export writes: {error}") from error
+    return Inspection("dense emulator", path, facts)
 
 
 def _headed(path: Path) -> Inspection:

@@ -10,7 +10,9 @@ import torch
 
 from emloc_tools.errors import FormatError, InputError
 from emloc_tools.files.adapter import Adapter
+from emloc_tools.files.emulator import Emulator
 from emloc_tools.stages.build_emulator import build_emulator
+from emloc_tools.stages.export import export
 from emloc_tools.stages.inspect import inspect
 from emloc_tools.stages.merge import merge
 from tests import pico
@@ -129,6 +131,22 @@ def test_a_merged_model(run: Run, tmp_path: Path) -> None:
     (tmp_path / "merged" / "emloc-merge.json").write_text("{}")
     with pytest.raises(InputError, match="is not what merge writes"):
         inspect(tmp_path / "merged")
+
+
+def test_a_dense_export(run: Run, tmp_path: Path) -> None:
+    export(emulator=run.emulator, output=tmp_path / "dense")
+    found, note = inspect(tmp_path / "dense"), read_json(tmp_path / "dense" / "emloc-export.json")
+    assert found.kind == "dense emulator"
+    assert found.facts == {
+        "base": str(run.base),
+        "architecture": "LlamaForCausalLM",
+        "emulator": Emulator(run.emulator).hash,
+        "multiplied_tensors": 21,
+        "made_by": note["made_by"]["command"],
+    }
+    (tmp_path / "dense" / "emloc-export.json").write_text("{}")
+    with pytest.raises(InputError, match="is not what export writes"):
+        inspect(tmp_path / "dense")
 
 
 def test_an_adapter_that_was_chosen_says_which_candidate_it_is(run: Run, tmp_path: Path) -> None:

@@ -47,7 +47,9 @@ Which emulator that is stands in `{note}`.
 
 
 def exported_emulator(folder: Path) -> str | None:
-    """The hash of the emulator whose dense form is in `folder`; None if that holds none."""
+    """The hash of the emulator whose dense form is in `folder`; None if it is none or no folder."""
+    if not _is_folder(folder):
+        return None
     path = path_inside(folder, NOTE, "export note")
     found = read_json(path, "export note").get("emulator") if path else None
     return found if isinstance(found, str) else None
@@ -55,8 +57,18 @@ def exported_emulator(folder: Path) -> str | None:
 
 def emulator_in(folder: Path) -> str | None:
     """The hash of the emulator in `folder`, as factors or in its dense form; None if there is none."""
+    if not _is_folder(folder):
+        return None
     path = path_inside(folder, EMULATOR, "emulator")
     return file_hash(path) if path is not None and path.is_file() else exported_emulator(folder)
+
+
+def _is_folder(path: Path) -> bool:
+    """Also of names that can be none, as adapters may hold: too long, or with a NUL."""
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):
+        return False
 
 
 class ExportWriter:

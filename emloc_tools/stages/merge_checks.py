@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 
 from emloc_tools.errors import InputError, MismatchError
@@ -45,9 +44,7 @@ def _names_emulator(trained: Adapter) -> bool:
     if isinstance(mapping, dict) and str(mapping.get("base_model_class")).startswith("Emloc"):
         return True
     named = trained.config.get("base_model_name_or_path")
-    with contextlib.suppress(OSError, ValueError):  # a text that is no path
-        return isinstance(named, str) and emulator_in(Path(named)) is not None
-    return False
+    return isinstance(named, str) and emulator_in(Path(named)) is not None
 
 
 def require_architecture(opened: BaseModel, trained: Adapter, bundle: Emulator | None) -> None:

@@ -92,7 +92,7 @@ def logits(model: Any) -> torch.Tensor:
 def test_the_emulator_runs_the_base_s_own_code_on_the_training_machine(root: Path) -> None:
     base, full = (AUTO.from_pretrained(root / name, **TRUST) for name in ("base", "full"))
     assert type(full).__name__ == "EmlocOwnForCausalLM"
-    assert type(full).__mro__[2].__name__ == "OwnForCausalLM"
+    assert "OwnForCausalLM" in [cls.__name__ for cls in type(full).__mro__]
     assert close_to(logits(full), logits(base)) < 1e-4
     plain = transformers.LlamaForCausalLM.from_pretrained(root / "base", config=pico.config("llama"))
     assert close_to(logits(full) / 2, logits(plain)) < 1e-4  # control: the factor is the code's own

@@ -23,6 +23,7 @@ ROOMS: dict[str, set[str]] = {
         "torch",
         "transformers",
         "diffusers",
+        "bitsandbytes",
         "PIL",
         "huggingface_hub",
         "files",

@@ -12,7 +12,8 @@ from torch import nn
 
 from emloc_tools.errors import InputError
 from emloc_tools.files.tensors import TensorFolder
-from emloc_tools.models.dequantise import DequantisedFolder, open_dequantised
+from emloc_tools.models.dequantise import open_dequantised, require_dequantiser
+from emloc_tools.models.dequantised_folder import DequantisedFolder
 from emloc_tools.models.diffusion import DiffusersConfig, stored_dtype
 from emloc_tools.models.skeleton import build_skeleton, compute_dtype, load_config, model_class
 from emloc_tools.models.source import Source, first_line, open_source, open_tensors
@@ -68,6 +69,7 @@ def open_base(
     # Read as full precision, the model is built as that. What it is read in does not depend on what it computes in.
     quantisation = vars(config).pop("quantization_config", None)
     model = build_skeleton(cls, config, dtype=compute_dtype(config, dtype))
+    require_dequantiser(quantisation, model, source.id)
     tensors = open_dequantised(open_tensors(source), quantisation, compute_dtype(config))
     return BaseModel(source, config, cls.__name__, model, tensors)
 

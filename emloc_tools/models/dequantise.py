@@ -1,152 +1,46 @@
-"""FP8 checkpoints read as full-precision ones: each 8-bit weight is multiplied by its scales as it is read.
+"""Which quantised checkpoints can be read as full-precision ones, and by what.
 
-Three layouts of scales are in use: one for the whole weight, one for each row, or a grid of one for each block, such as
-128 x 128. They stand beside the weight as `<weight>_scale_inv` (DeepSeek, Qwen, MiniMax; a factor in spite of its name)
-or `<weight>_scale` (compressed-tensors, FBGEMM, ModelOpt). The products are taken in float32 and rounded to the dtype
-that the model's configuration names. Other quantisations are refused: their weights are packed integers.
+Those whose weights a formula or a library gives back, tensor by tensor: FP8 with scales (`fp8`), and bitsandbytes in 4
+and 8 bits (`bitsandbytes_weights`). All others are refused by name.
 """
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
-from emloc_tools.errors import MismatchError, UnsupportedError
-from emloc_tools.files.tensors import TensorFolder, TensorSpec
-
-SUFFIXES = ("_scale_inv", "_scale")
-EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2)
-# What a runtime needs that computes in FP8 as well: scales of activations and of cached keys and values.
-OF_ACTIVATIONS = re.compile(r".*[._](input|output|activation|act|k|v|q)_scale(_inv)?", re.ASCII)
+from emloc_tools.errors import UnsupportedError
+from emloc_tools.files.tensors import TensorFolder
+from emloc_tools.models.bitsandbytes_weights import BitsandbytesFolder, is_bitsandbytes, require_bitsandbytes
+from emloc_tools.models.fp8 import Fp8Folder, block_size, is_fp8
 
 
 def require_readable(quantisation: Any, base: str) -> None:
-    """Refuse a `quantization_config` whose weights cannot be had from FP8 numbers and scales alone."""
-    if not quantisation or _is_fp8(quantisation):
+    """Refuse a `quantization_config` whose weights cannot be had in full precision."""
+    if not quantisation:
+        return
+    if isinstance(quantisation, Mapping) and (is_fp8(quantisation) or is_bitsandbytes(quantisation)):
         return
     method = quantisation.get("quant_method") if isinstance(quantisation, Mapping) else None
     raise UnsupportedError(
         f"{base} is quantised by {method or 'an unknown method'}; use the model's full-precision (bf16, fp16, fp32) "
-        "release, or one in FP8 with scales of weights"
+        "release, or one in FP8 with scales of weights or of bitsandbytes"
     )
 
 
+def require_dequantiser(quantisation: Any, model: nn.Module, base: str) -> None:
+    """Refuse what needs a library that is not installed, or layers that it stores in a way of its own."""
+    if quantisation and is_bitsandbytes(quantisation):
+        require_bitsandbytes(model, base)
+
+
 def open_dequantised(tensors: TensorFolder, quantisation: Any, dtype: torch.dtype) -> TensorFolder:
-    """The checkpoint as it is, or with its FP8 weights in `dtype` if its configuration says that it has some."""
+    """The checkpoint as it is, or with its weights in `dtype` if its configuration says that they are quantised."""
     if not quantisation:
         return tensors
-    block = _block_size(quantisation)
-    return DequantisedFolder(tensors, block, dtype)
-
-
-class DequantisedFolder(TensorFolder):
-    """The tensors of an FP8 checkpoint in `dtype`, without the scales, read one at a time.
-
-    `block (rows, columns)` is the size of the blocks where scales form a grid; without it blocks divide the weight
-    evenly. `bytes_read` counts what is read from the files. Raises `UnsupportedError` for an 8-bit tensor without
-    scales, `MismatchError` for scales that do not fit.
-    """
-
-    def __init__(self, raw: TensorFolder, block: tuple[int, int] | None, dtype: torch.dtype) -> None:
-        scales = {
-            name: name + suffix for name in raw.weight_map for suffix in SUFFIXES if name + suffix in raw.weight_map
-        }
-        hidden = set(scales.values()) | {name for name in raw.weight_map if OF_ACTIVATIONS.fullmatch(name)}
-        super().__init__({n: file for n, file in raw.weight_map.items() if n not in hidden}, locate=_by_raw)
-        self._raw, self._scales, self._block, self._dtype = raw, scales, block, dtype
-
-    def spec(self, name: str) -> TensorSpec:
-        spec = self._raw.spec(name)
-        return TensorSpec(name, self._dtype, spec.shape) if spec.dtype in EIGHT_BITS else spec
-
-    def read(self, name: str, buffer: torch.Tensor | None = None) -> torch.Tensor:
-        spec = self.spec(name)
-        if self._raw.spec(name).dtype not in EIGHT_BITS:
-            tensor = self._raw.read(name, buffer)
-        else:
-            if name not in self._scales:
-                raise UnsupportedError(
-                    f"the tensor {name} has 8-bit numbers and no scales beside it ({name}_scale_inv or {name}_scale); "
-                    "use the model's full-precision release"
-                )
-            scale = self._raw.read(self._scales[name])
-            W = dequantise(name, self._raw.read(name), scale, self._block)
-            if buffer is None:
-                tensor = W.to(self._dtype)
-            else:
-                tensor = buffer[: spec.nbytes].view(spec.dtype).view(spec.shape).copy_(W)
-        self.bytes_read = self._raw.bytes_read
-        return tensor
-
-    def check_placement(self) -> None:
-        self._raw.check_placement()
-
-    def close(self) -> None:
-        self._raw.close()
-
-
-def dequantise(
-    name: str, weight: torch.Tensor, scale: torch.Tensor, block: tuple[int, int] | None = None
-) -> torch.Tensor:
-    """`weight (..., rows, columns)` of 8-bit floats times its scales: float32, of the same shape.
-
-    `scale` holds one number, one for each row, or a grid `(..., ⌈rows / block rows⌉, ⌈columns / block columns⌉)`.
-    """
-    W, s = weight.float(), scale.float()
-    if s.numel() == 1:
-        return W.mul_(s.reshape(()))
-    rows, columns = W.shape[-2:]
-    if s.shape == W.shape[:-1]:
-        s = s[..., None]
-    if s.shape[:-1] == W.shape[:-1] and s.shape[-1] == 1:
-        return W.mul_(s)
-    grid = s.shape[-2:] if s.dim() == W.dim() else (0, 0)
-    height, width = block or (math.ceil(rows / max(grid[0], 1)), math.ceil(columns / max(grid[1], 1)))
-    expected = (*W.shape[:-2], math.ceil(rows / height), math.ceil(columns / width))
-    if s.shape != expected:
-        raise MismatchError(
-            f"the scales of {name} have the shape {list(s.shape)}, but its {list(W.shape)} numbers in blocks of "
-            f"{height} x {width} need {list(expected)}; config.json and weights do not belong together"
-        )
-    by_row = s.repeat_interleave(height, dim=-2)[..., :rows, :]
-    for number in range(grid[1]):
-        W[..., number * width : (number + 1) * width].mul_(by_row[..., number : number + 1])
-    return W
-
-
-def _is_fp8(quantisation: Any) -> bool:
-    if not isinstance(quantisation, Mapping):
-        return False
-    match quantisation.get("quant_method"):
-        case "fp8":
-            return bool(quantisation.get("expert_dtype", "fp8") == "fp8")
-        case "fbgemm_fp8":
-            return True
-        case "modelopt":
-            return bool(quantisation.get("quant_algo") == "FP8")
-        case "compressed-tensors":
-            weights = [group.get("weights") for group in _groups(quantisation)]
-            return bool(weights) and all(w and w.get("type") == "float" and w.get("num_bits") == 8 for w in weights)
-    return False
-
-
-def _block_size(quantisation: Mapping[str, Any]) -> tuple[int, int] | None:
-    found = quantisation.get("weight_block_size")
-    for group in _groups(quantisation):
-        found = found or (group.get("weights") or {}).get("block_structure")
-    if isinstance(found, (list, tuple)) and len(found) == 2 and all(isinstance(n, int) and n > 0 for n in found):
-        return found[0], found[1]
-    return None
-
-
-def _groups(quantisation: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    groups = quantisation.get("config_groups")
-    return [g for g in groups.values() if isinstance(g, Mapping)] if isinstance(groups, Mapping) else []
-
-
-def _by_raw(name: str) -> Any:
-    raise AssertionError(f"{name} is opened by the folder that holds the 8-bit numbers")
+    if is_bitsandbytes(quantisation):
+        return BitsandbytesFolder(tensors, dtype)
+    return Fp8Folder(tensors, block_size(quantisation), dtype)

@@ -16,7 +16,7 @@ from emloc_tools import load_emulator
 from emloc_tools.errors import MismatchError, UnsupportedError
 from emloc_tools.files.tensors import TensorFolder
 from emloc_tools.models.base import open_base
-from emloc_tools.models.dequantise import DequantisedFolder, dequantise
+from emloc_tools.models.fp8 import Fp8Folder, dequantise
 from emloc_tools.stages.build_emulator import build_emulator
 from emloc_tools.stages.calibrate import calibrate
 from emloc_tools.stages.correct import correct
@@ -194,7 +194,6 @@ def test_eight_bits_without_scales_are_refused_by_name(tmp_path: Path) -> None:
 
 
 OTHERS: list[dict[str, Any]] = [
-    {"quant_method": "bitsandbytes", "load_in_4bit": True},
     {"quant_method": "gptq", "bits": 4},
     {"quant_method": "awq", "bits": 4},
     {"quant_method": "mxfp4"},
@@ -218,7 +217,7 @@ def test_other_quantisations_are_refused_by_their_name(quantisation: dict[str, A
 def test_a_dequantised_folder_shows_what_it_gives_and_hides_the_scales(tmp_path: Path) -> None:
     save_fp8(tmp_path, "row")
     raw = TensorFolder.of_files([tmp_path / "model.safetensors"])
-    folder = DequantisedFolder(raw, None, torch.bfloat16)
+    folder = Fp8Folder(raw, None, torch.bfloat16)
     folder.check_placement()
     spec = folder.spec("model.layers.0.self_attn.q_proj.weight")
     assert (spec.dtype, spec.shape) == (torch.bfloat16, (32, 32))

@@ -98,7 +98,7 @@ def hub(states: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> An
     quantised = tmp_path_factory.mktemp("quantised")
     shutil.copytree(states["v2"], quantised, dirs_exist_ok=True)
     config = json.loads((quantised / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
     (quantised / "config.json").write_text(json.dumps(config))
     repositories = {"org/tiny": states, "org/gated": {"main": quantised}, "org/quantised": {"main": quantised}}
     with serve(FakeHub(repositories, gated=frozenset({"org/gated"}))) as served:

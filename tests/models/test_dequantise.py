@@ -196,7 +196,6 @@ def test_eight_bits_without_scales_are_refused_by_name(tmp_path: Path) -> None:
 OTHERS: list[dict[str, Any]] = [
     {"quant_method": "gptq", "bits": 4},
     {"quant_method": "awq", "bits": 4},
-    {"quant_method": "mxfp4"},
     {"quant_method": "fp8", "expert_dtype": "fp4"},
     {"quant_method": "modelopt", "quant_algo": "NVFP4"},
     {"quant_method": "compressed-tensors", "config_groups": {}},

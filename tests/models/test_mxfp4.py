@@ -12,6 +12,10 @@ from safetensors.torch import load_file, save_file
 
 from emloc_tools.errors import MismatchError, UnsupportedError
 from emloc_tools.models.base import open_base
+from emloc_tools.stages.build_emulator import build_emulator
+from emloc_tools.stages.calibrate import calibrate
+from emloc_tools.stages.correct import correct
+from tests import pico
 from tests.experts import families
 
 # Sign, two bits of exponent, one of fraction.
@@ -57,6 +61,40 @@ def test_experts_are_table_entries_times_powers_of_two_as_transformers_has_them(
     for name, value in values.items():
         assert torch.equal(loaded[name].double(), value)  # bfloat16 holds every such product exactly
         assert not torch.equal(loaded[name].double(), value.flip(1))
+
+
+def test_an_emulator_of_mxfp4_equals_that_of_the_same_numbers_in_bfloat16(tmp_path: Path) -> None:
+    values = save_mxfp4(tmp_path / "mxfp4")
+    tensors = load_file(tmp_path / "mxfp4" / "model.safetensors")
+    tensors = {name: t for name, t in tensors.items() if not name.endswith(("_blocks", "_scales"))}
+    tensors |= {name: value.bfloat16().contiguous() for name, value in values.items()}
+    config = json.loads((tmp_path / "mxfp4" / "config.json").read_text())
+    del config["quantization_config"]
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain" / "config.json").write_text(json.dumps(config))
+    save_file(tensors, tmp_path / "plain" / "model.safetensors", metadata={"format": "pt"})
+    data = pico.save_texts(tmp_path / "data.jsonl", count=3)
+    made = []
+    for name in ("mxfp4", "plain"):
+        base, calibration, emulator = (tmp_path / (name + end) for end in ("", "-calibration", "-emulator"))
+        pico.save_tokenizer(base)
+        calibrate(base=str(base), data=data, output=calibration, max_length=16, device="cpu")
+        build_emulator(base=str(base), calibration=calibration, ratio=0.5, output=emulator)
+        made.append(load_file(emulator / "model.safetensors"))
+    pico.save_lora(tmp_path / "lora", tmp_path / "mxfp4-emulator", target_modules=["q_proj", "o_proj"])
+    for name in ("mxfp4", "plain"):  # an emulator of one fits the other: the weights are the same
+        correct(
+            emulator=tmp_path / "mxfp4-emulator",
+            adapter=tmp_path / "lora",
+            base=str(tmp_path / name),
+            output=tmp_path / f"{name}-corrected",
+        )
+        made.append(load_file(tmp_path / f"{name}-corrected" / "adapter_model.safetensors"))
+    for one, other in (made[:2], made[2:]):
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one)
+    uncorrected = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    assert any(not torch.equal(made[2][name], uncorrected[name]) for name in uncorrected)  # control
 
 
 def test_blocks_and_scales_that_do_not_fit_and_blocks_alone_are_refused(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ def require_readable(quantisation: Any, base: str) -> None:
     method = quantisation.get("quant_method") if isinstance(quantisation, Mapping) else None
     raise UnsupportedError(
         f"{base} is quantised by {method or 'an unknown method'}; use the model's full-precision (bf16, fp16, fp32) "
-        "release, or one in FP8 with scales of weights or of bitsandbytes"
+        "release, or one in FP8, MXFP4 (GPT-OSS) or of bitsandbytes"
     )
 
 

@@ -2,7 +2,7 @@
 
 transformers converts checkpoints on loading (renamed keys, experts fused into one tensor). Its own conversion rules
 are applied here, tensor by tensor, so that one unit of the model can be read at a time. These are internals of
-transformers: they are used in this file only.
+transformers: this file uses them, and `mxfp4` one more.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import signal
 import threading
 from collections.abc import Iterator
@@ -96,6 +97,8 @@ def main() -> None:
 
     `emloc-tools demo` runs all of it in a few minutes, without any download.
     """
+    # PEFT imports it where it is installed, and it then warns of kernels for inference, which nothing here runs.
+    logging.getLogger("bitsandbytes.backends").setLevel(logging.ERROR)
 
 
 COMMANDS = (

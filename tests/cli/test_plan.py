@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -95,3 +98,11 @@ def test_sizes_in_pixels_are_height_and_width(text: str, size: tuple[int, int] |
     refused = invoke("plan", "--base", "b", "--memory", "1GB", "--image-size", text)
     assert refused.status == 2
     assert "is no size in pixels, such as 448 or 1024x768" in " ".join(refused.stderr.split())
+
+
+def test_a_quiet_plan_prints_nothing_whatever_is_installed(base: Path) -> None:
+    """bitsandbytes, which PEFT imports, warns of kernels that it lacks; it does so once in a process."""
+    words = ["plan", "--base", str(base), *SMALL, "--quiet"]
+    done = subprocess.run([sys.executable, "-m", "emloc_tools", *words], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("", "")
+    assert importlib.util.find_spec("bitsandbytes") is not None  # else this would show nothing

@@ -12,7 +12,7 @@ from emloc_tools.cli import options
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from emloc_tools.stages.inspect import Inspection
+    from emloc_tools.reporting.inspection import Inspection
 
 NAMES = {
     "lora_pairs": "LoRA pairs",

@@ -109,7 +109,11 @@ def test_a_corrected_adapter(run: Run) -> None:
     for row in found.layers:
         record = manifest["layers"][row["layer"]]
         assert row["correction"] == record["delta_norm"] / record["update_norm"]
-        assert row["clamped"] == record["clamped"]
+        assert (row["clamped"], row["directions"]) == (record["clamped"], record["directions"])
+    assert found.made_from == {"emulator": manifest["emulator"], "trained adapter": manifest["trained_adapter"]}
+    assert inspect(run.adapter).hash == manifest["trained_adapter"]
+    assert inspect(run.emulator).hash == manifest["emulator"]
+    assert inspect(run.emulator).made_from == {"calibration": inspect(run.calibration).hash}
 
 
 def test_a_merged_model(run: Run, tmp_path: Path) -> None:

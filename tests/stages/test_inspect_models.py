@@ -179,7 +179,7 @@ def test_an_emulator_of_an_unknown_class_is_described_without_its_dense_parts(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delattr(transformers, "LlamaForCausalLM")
-    monkeypatch.setattr("emloc_tools.stages.model_parts.transformers", type("Old", (), {"__version__": "5.0"}))
+    monkeypatch.setattr("emloc_tools.reporting.model_parts.transformers", type("Old", (), {"__version__": "5.0"}))
     found = inspect(run.emulator)
     assert found.facts["dense_parts"] == "unknown here: transformers 5.0 has no model class LlamaForCausalLM"
     assert found.dense == []

@@ -128,6 +128,12 @@ def token_ids(path: Path, folder: Path, max_length: int) -> list[list[int]]:
     return [tokenizer(text)["input_ids"][:max_length] for text in texts]
 
 
+def save_records(path: Path, records: list[dict[str, Any]]) -> Path:
+    """Write records as JSONL."""
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
 def save_lora(folder: Path, emulator: Path, *, seed: int = 0, **options: Any) -> None:
     """Save a PEFT LoRA on an emulator as if it were trained: A and B are random. `options` go to `LoraConfig`."""
     from peft import LoraConfig, get_peft_model

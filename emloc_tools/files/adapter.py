@@ -17,7 +17,7 @@ import xxhash
 
 from emloc_tools.errors import FormatError, UnsupportedError
 from emloc_tools.files.json_files import parse_object, read_json
-from emloc_tools.files.manifest import AdapterManifest, AdapterV1, AdapterV2, AdapterV3
+from emloc_tools.files.manifest import AdapterManifest, AdapterV1, AdapterV2, AdapterV3, AdapterV4, Selection
 from emloc_tools.files.manifest_reader import read_manifest
 from emloc_tools.files.opening import file_inside, path_inside
 from emloc_tools.files.patterns import ModulePattern
@@ -198,8 +198,8 @@ class Adapter:
                 raise FormatError("A10", self.weights_path, MARK, f"marks a corrected adapter, but {MANIFEST} is gone")
             return None
         manifest: AdapterManifest
-        manifest, _ = read_manifest(path, (AdapterV1, AdapterV2, AdapterV3), rules=("A7", "A8", "A9"))
-        component = manifest.component if isinstance(manifest, AdapterV3) else None
+        manifest, _ = read_manifest(path, (AdapterV1, AdapterV2, AdapterV3, AdapterV4), rules=("A7", "A8", "A9"))
+        component = manifest.component if isinstance(manifest, (AdapterV3, AdapterV4)) else None
         if component != self.component:
             message = f"is {component!r}; the weights are of {self.component or 'a PEFT adapter, which has none'}"
             raise FormatError("A20", path, "component", message)
@@ -211,8 +211,8 @@ class Adapter:
             if name not in self.tensors or content_hash(self.tensors.read(name)) != manifest.tensors.get(name):
                 raise FormatError("A11", path, f"tensors.{name}", "is not what was written; the weights were changed")
         self._check_layers(path, manifest)
-        if isinstance(manifest, AdapterV2):
-            _check_selection(path, manifest)
+        if isinstance(manifest, (AdapterV2, AdapterV4)) and manifest.selection is not None:
+            _check_selection(path, manifest, manifest.selection)
         return manifest
 
     def _check_layers(self, path: Path, manifest: AdapterManifest) -> None:
@@ -234,9 +234,9 @@ class Adapter:
                 raise FormatError("A13", path, f"layers.{module}", message)
 
 
-def _check_selection(path: Path, manifest: AdapterV2) -> None:
+def _check_selection(path: Path, manifest: AdapterManifest, selection: Selection) -> None:
     """The table must hold what its standard errors refer to, and name a candidate that fits what is stored."""
-    candidates, chosen = manifest.selection.candidates, manifest.selection.chosen
+    candidates, chosen = selection.candidates, selection.chosen
     keys = [(candidate.adapter, candidate.scale) for candidate in candidates]
     place = "selection.candidates"
     for number, (adapter, scale) in enumerate(keys):

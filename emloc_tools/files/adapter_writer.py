@@ -1,4 +1,4 @@
-"""Write the adapters that `correct` makes: files of PEFT or diffusers, with a mark in the weights, and `emloc.json`."""
+"""Write corrected adapters: files of PEFT or diffusers, with a mark in the weights, and `emloc.json`."""
 
 from __future__ import annotations
 
@@ -8,11 +8,21 @@ from typing import Any
 
 import torch
 
-from emloc_tools.files.adapter import CONFIG, MANIFEST, MARK, WEIGHTS, mark_of
+from emloc_tools.files.adapter import CONFIG, MANIFEST, MARK, WEIGHTS, Adapter, mark_of
 from emloc_tools.files.diffusers_lora import WEIGHTS as DIFFUSERS_WEIGHTS
 from emloc_tools.files.diffusers_lora import DiffusersLora
 from emloc_tools.files.folders import write_json
-from emloc_tools.files.manifest import AdapterManifest, AdapterV1, AdapterV2, AdapterV3, Selection, manifest_dict
+from emloc_tools.files.manifest import (
+    AdapterManifest,
+    AdapterV1,
+    AdapterV2,
+    AdapterV3,
+    AdapterV4,
+    MadeBy,
+    Refinement,
+    Selection,
+    manifest_dict,
+)
 from emloc_tools.files.tensors import ShardedWriter, TensorSpec
 
 
@@ -48,6 +58,24 @@ def write_diffusers_lora(
     """Write a corrected LoRA as diffusers would: one file, with the configuration in its header if it was there."""
     hashes = _write_weights(folder, DIFFUSERS_WEIGHTS, tensors, AdapterV3, trained.metadata_with(config))
     manifest = AdapterV3.model_validate({**fields, "tensors": hashes, "component": trained.component})
+    write_json(folder / MANIFEST, manifest_dict(manifest))
+    return manifest
+
+
+def write_refined(
+    folder: Path, before: Adapter, tensors: Mapping[str, torch.Tensor], refinement: Refinement, *, made_by: MadeBy
+) -> AdapterManifest:
+    """Write the corrected adapter `before` with other `tensors`, by their stored names, in the layout that it has."""
+    assert before.manifest is not None  # it is corrected
+    known = before.manifest.model_dump(exclude={"format_version", "made_by", "tensors"})
+    fields = {"selection": None, "component": None, "refinements": [], **known, "made_by": made_by}
+    fields["refinements"] = [*fields["refinements"], refinement]
+    if isinstance(before, DiffusersLora):
+        hashes = _write_weights(folder, DIFFUSERS_WEIGHTS, tensors, AdapterV4, before.metadata_with(before.config))
+    else:
+        hashes = _write_weights(folder, WEIGHTS, tensors, AdapterV4, {})
+        write_json(folder / CONFIG, before.config)
+    manifest = AdapterV4.model_validate({**fields, "tensors": hashes})
     write_json(folder / MANIFEST, manifest_dict(manifest))
     return manifest
 

@@ -368,6 +368,32 @@ class AdapterV3(AdapterManifest):
     component: Name
 
 
+class Refinement(Strict):
+    """Steps that a corrected LoRA was trained on the base itself.
+
+    `adapter` is the hash of the LoRA before. `data` counts the samples that were used. `losses` has one entry for each
+    step: the mean loss of the step's samples before it.
+    """
+
+    adapter: Hash
+    data: DataRecord
+    samples_per_step: Count
+    step_size: Positive
+    losses: Annotated[list[Magnitude], Field(min_length=1)]
+
+
+class AdapterV4(AdapterManifest):
+    """`emloc.json` of a corrected LoRA that was refined on the base, in the files of PEFT or of diffusers.
+
+    All but `made_by`, `tensors` and `refinements` is that of the LoRA before.
+    """
+
+    format_version: Literal[4] = 4
+    selection: Selection | None
+    component: Name | None
+    refinements: Annotated[list[Refinement], Field(min_length=1)]
+
+
 def made_by(command: str, library: Library = "transformers") -> MadeBy:
     """The versions at work and the command line, for a manifest. No time: equal inputs give equal files.
 

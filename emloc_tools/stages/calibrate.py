@@ -2,38 +2,26 @@
 
 from __future__ import annotations
 
-import inspect
-import math
-import shutil
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import nn
 
-from emloc_tools.data.batches import Batch, count_samples, count_tokens, load_batches
-from emloc_tools.data.ready_inputs import arguments_of
-from emloc_tools.errors import InputError
+from emloc_tools.data.batches import count_samples, count_tokens, load_batches
 from emloc_tools.files.calibration import GramSpool, write_calibration
 from emloc_tools.files.folders import check_output, new_folder
 from emloc_tools.files.manifest import BaseRecord, CalibratedLayer, CalibratedStack, DataRecord, file_hash, made_by
-from emloc_tools.files.ready_inputs import TARGET
 from emloc_tools.files.tensors import MAX_SHARD_SIZE
 from emloc_tools.models.base import choose_device, open_base, weight_name
 from emloc_tools.models.layers import select_layers
-from emloc_tools.models.weights import ModelWeights
 from emloc_tools.records import Layer, Progress, silent
 from emloc_tools.stages.gradient_sums import GradientSums, batch_loss, loss_of
 from emloc_tools.stages.gram_sums import GramSums
-from emloc_tools.stages.refusals import blaming_inputs, require_apart, require_original, require_own_weights
+from emloc_tools.stages.passes import activation_bytes, call_of, require_room, sparing_options
+from emloc_tools.stages.refusals import require_apart, require_original, require_own_weights
 from emloc_tools.streaming.backward import BackwardLockStep
 from emloc_tools.streaming.padding import Padding
-from emloc_tools.streaming.stream import MAX_UNIT_BYTES, LockStep
-from emloc_tools.streaming.units import partition
-
-PIXELS = "pixel_values"  # the argument of models that read images
+from emloc_tools.streaming.stream import LockStep
 
 
 @dataclass(frozen=True)
@@ -83,7 +71,7 @@ def calibrate(
 
     With `gradients` the samples also run backward, and the second moments of the loss gradient at every layer are kept
     as well. Every weight is then read twice at most, and activations pass through a temporary file beside the output
-    (see `_activation_bytes`). The loss is that of the next token over the samples' targets (a text, a chat, the
+    (see `passes.activation_bytes`). The loss is that of the next token over the samples' targets (a text, a chat, the
     completion of a prompt), for ready inputs with labels that of the model, and for those with a `target` the squared
     error of the model's output.
 
@@ -110,10 +98,10 @@ def calibrate(
         weights = opened.weights(layers)
         require_own_weights(layers, weights.source_of)
         if loss is not None:
-            _require_room(folder, output, _activation_bytes(opened.model, weights, batches))
+            require_room(folder, output, activation_bytes(opened.model, weights, batches), fewer="--samples")
         spool = GramSpool(folder / "spool")
-        options = _cheapest(opened.model, layers, batches, loss=gradients)
-        calls = [_forward(opened.model, batch, torch.device(device), options) for batch in batches]
+        options = sparing_options(opened.model, layers, batches, loss=gradients)
+        calls = [call_of(opened.model, batch, torch.device(device), options) for batch in batches]
         stream = (
             LockStep(opened.model, weights, device=device)
             if loss is None
@@ -179,68 +167,6 @@ def calibrate(
         unreached=manifest.unreached,
         bytes_read=opened.tensors.bytes_read,
     )
-
-
-def _activation_bytes(model: Any, weights: ModelWeights, batches: Sequence[Batch]) -> int:
-    """What a backward run writes to disk, at most about: tokens · hidden size · bytes of a number · (units + 2).
-
-    Units are the model's blocks, and what lies around them (embeddings, last norm, head); padding counts as tokens do.
-    The units of a vision tower hold its patches instead. 0 for a model that has no one hidden size.
-    """
-    units, _ = partition(model, weights, MAX_UNIT_BYTES)
-    if isinstance(model.config, Mapping):  # of diffusers, whose tokens are those of the picture and of the text
-        hidden, names = getattr(model, "inner_dim", 0), ("hidden_states", "encoder_hidden_states")
-        given = [batch.inputs[name] for batch in batches for name in names if name in batch.inputs]
-    else:
-        hidden = getattr(model.config.get_text_config(), "hidden_size", 0)
-        given = [next(iter(batch.inputs.values())) for batch in batches]
-    tokens = sum(tensor.shape[:2].numel() for tensor in given)
-    values = tokens * hidden * (len(units) + 2)
-    vision = getattr(model.config, "vision_config", None)
-    patch, width = getattr(vision, "patch_size", None), getattr(vision, "hidden_size", None)
-    if patch and width:
-        tower = sum("vision" in unit.name or "visual" in unit.name for unit in units)
-        pixels = sum(batch.inputs[PIXELS].numel() for batch in batches if PIXELS in batch.inputs)
-        side = patch if isinstance(patch, int) else patch[0]  # some configurations name both sides
-        values += tower * (pixels // (3 * side**2) * width - tokens * hidden)
-    return int(values * model.dtype.itemsize)
-
-
-def _require_room(folder: Path, output: Path, needed: int) -> None:
-    """Refuse what a full disk would end late."""
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise InputError(
-            f"gradients need about {math.ceil(needed / 1e6):,} MB beside {output} for activations, and "
-            f"{free // 10**6:,} MB are free there; choose fewer --samples, a shorter --max-length, or an --output on a "
-            "larger disk"
-        )
-
-
-def _cheapest(model: Any, layers: Sequence[Layer], batches: Sequence[Batch], *, loss: bool) -> dict[str, Any]:
-    """Arguments that spare what nobody needs: caches, and logits unless a loss or a Gram of the head is wanted.
-
-    A model that is given labels computes its loss whether it is wanted or not.
-    """
-    accepted = inspect.signature(model.forward).parameters
-    options: dict[str, Any] = {"use_cache": False}
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    has_loss = loss or any("labels" in batch.inputs for batch in batches)
-    linears = [layer for layer in layers if layer.experts is None]
-    if not has_loss and not any(model.get_submodule(layer.name) is head for layer in linears):
-        options["logits_to_keep"] = 1
-    return {name: value for name, value in options.items() if name in accepted}
-
-
-def _forward(model: nn.Module, batch: Batch, device: torch.device, options: Mapping[str, Any]) -> Callable[[], Any]:
-    """A call that runs one batch, with the `options` that its inputs do not set themselves."""
-
-    def call() -> Any:
-        inputs = {name: tensor.to(device) for name, tensor in batch.inputs.items() if name != TARGET}
-        with blaming_inputs(model, inputs):
-            return model(**{**options, **arguments_of(inputs)})
-
-    return call
 
 
 def _calibrated_stack(layer: Layer, weight_hash: str) -> CalibratedStack:

@@ -249,7 +249,7 @@ def test_the_activations_on_disk_are_those_of_at_most_three_units_less_than_esti
     llama: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     estimates, streams = [], []
-    monkeypatch.setattr(stage, "_require_room", lambda folder, output, needed: estimates.append(needed))
+    monkeypatch.setattr(stage, "require_room", lambda folder, output, needed, fewer: estimates.append(needed))
 
     class Kept(BackwardLockStep):
         def __init__(self, *args: Any, **options: Any) -> None:

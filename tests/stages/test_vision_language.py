@@ -25,6 +25,7 @@ from emloc_tools.models.processors import load_processor
 from emloc_tools.models.skeleton import load_config
 from emloc_tools.models.source import open_source
 from emloc_tools.stages import calibrate as stage
+from emloc_tools.stages import passes
 from emloc_tools.stages.build_emulator import build_emulator
 from emloc_tools.stages.calibrate import calibrate
 from emloc_tools.stages.evaluate import evaluate
@@ -198,7 +199,7 @@ def test_the_room_that_activations_need_is_estimated_with_those_of_the_tower(
 ) -> None:
     """Never too low, and not far too high; where images have many patches it would be too low without these."""
     estimates, streams = [], []
-    monkeypatch.setattr(stage, "_require_room", lambda folder, output, needed: estimates.append(needed))
+    monkeypatch.setattr(stage, "require_room", lambda folder, output, needed, fewer: estimates.append(needed))
 
     class Kept(BackwardLockStep):
         def __init__(self, *args: Any, **options: Any) -> None:
@@ -210,7 +211,7 @@ def test_the_room_that_activations_need_is_estimated_with_those_of_the_tower(
     calibrate(**options, output=tmp_path / "calibration", gradients=True, device="cpu")
     assert 0.4 * estimates[0] < streams[0].spilled <= estimates[0]
     if case.family == "qwen2.5-vl":  # four patches for each token of an image
-        monkeypatch.setattr(stage, "PIXELS", "nothing")
+        monkeypatch.setattr(passes, "PIXELS", "nothing")
         calibrate(**options, output=tmp_path / "control", gradients=True, device="cpu")
         assert estimates[1] < streams[1].spilled
 

@@ -271,6 +271,7 @@ def _adapter() -> list[Bad]:
         in_manifest("A8", "later-version", "format_version", lambda m: m.update(format_version=2)),
         in_manifest("A8", "version-3", "format_version", lambda m: m.update(format_version=3)),
         in_manifest("A8", "version-4", "format_version", lambda m: m.update(format_version=4)),
+        in_manifest("A8", "version-5", "format_version", lambda m: m.update(format_version=5)),
         in_manifest("A9", "unknown-field", "layers." + Q + ".loss", lambda m: m["layers"][Q].update(loss=0.5)),
         chosen_case("A9", "selection-in-version-1", "selection", lambda m: m.update(format_version=1)),
         chosen_case("A9", "loss-of-nothing", "selection.candidates", lambda m: m["selection"].update(candidates=[])),
@@ -288,6 +289,11 @@ def _adapter() -> list[Bad]:
         chosen_case("A15", "chosen-is-none", "selection.chosen", lambda m: m["selection"].update(chosen=0)),
         chosen_case("A15", "chosen-is-absent", "selection.chosen", lambda m: m["selection"].update(chosen=4)),
         chosen_case("A16", "corrected-as-trained", f"layers.{Q}", lambda m: m["selection"].update(chosen=1)),
+        chosen_case("A9", "refined-by-nothing", "refinements", lambda m: m.update(refinements=[]), "ok-refined"),
+        chosen_case(
+            "A16", "refined-as-trained", f"layers.{Q}", lambda m: m["selection"].update(chosen=1), "ok-refined"
+        ),
+        chosen_case("A20", "refined-component", "component", lambda m: m.update(component="unet"), "ok-refined"),
         *_diffusers_lora(),
     ]
 

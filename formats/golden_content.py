@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from emloc_tools.files.adapter_writer import write_adapter, write_diffusers_lora
+from emloc_tools.files.adapter_writer import write_adapter, write_diffusers_lora, write_refined
 from emloc_tools.files.calibration import GramEntry, write_calibration
-from emloc_tools.files.diffusers_lora import DiffusersLora
+from emloc_tools.files.diffusers_lora import DiffusersLora, open_adapter
 from emloc_tools.files.emulator_writer import EmulatorWriter
 from emloc_tools.files.folders import write_json
 from emloc_tools.files.manifest import (
@@ -28,6 +28,7 @@ from emloc_tools.files.manifest import (
     DataRecord,
     FactoredLayer,
     MadeBy,
+    Refinement,
     Selection,
     WeightingRecord,
 )
@@ -330,3 +331,23 @@ def diffusers_lora(
     opened.close()
     write_diffusers_lora(folder, opened, opened.config, tensors, fields=fields)
     shutil.rmtree(trained)
+
+
+def refined(folder: Path, before: Path, losses: list[float]) -> None:
+    """The corrected adapter in `before`, all of whose pairs moved a little, with as many steps as there are losses."""
+    opened = open_adapter(before)
+    record = Refinement(
+        adapter=opened.hash,
+        data=DataRecord(
+            file="train.jsonl", hash=content_hash(values(8, 4)), samples=4, tokens=16, max_length=16, seed=0
+        ),
+        samples_per_step=2,
+        step_size=0.125,
+        losses=losses,
+    )
+    tensors = {name: opened.read(name) for name in opened.tensors.names()}
+    for keys in opened.loras.values():
+        tensors |= {key: tensors[key] * 1.25 for key in (keys.A, keys.B)}
+    folder.mkdir(parents=True)
+    write_refined(folder, opened, tensors, record, made_by=MADE_BY)
+    opened.close()

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from formats.bad_golden import BAD
-from formats.golden_content import Grams, Layers, RankedLayers, adapter, calibration, diffusers_lora, emulator
+from formats.golden_content import Grams, Layers, RankedLayers, adapter, calibration, diffusers_lora, emulator, refined
 from formats.golden_experts import calibration_of_experts, emulator_of_experts
 
 FORMATS = Path(__file__).parent
@@ -93,6 +93,10 @@ def make(root: Path) -> None:
     diffusers_lora(folder / "ok-diffusers", metadata=described)
     diffusers_lora(folder / "ok-diffusers-alpha", metadata=None, alpha=3.0)
     diffusers_lora(folder / "ok-diffusers-corrected", metadata=described, corrected=True)
+
+    refined(folder / "ok-refined", folder / "ok-chosen-scaled", [2.5, 1.25])
+    refined(folder / "ok-refined-again", folder / "ok-refined", [1.0])
+    refined(folder / "ok-diffusers-refined", folder / "ok-diffusers-corrected", [0.5])
 
     for name in ("calibration", "emulator", "adapter"):
         golden, expected = root / name / "golden", {}

@@ -12,6 +12,7 @@ from emloc_tools.files.manifest import (
     AdapterV1,
     AdapterV2,
     AdapterV3,
+    AdapterV4,
     CalibrationV1,
     CalibrationV2,
     CalibrationV3,
@@ -28,7 +29,7 @@ from emloc_tools.files.manifest import (
 MODELS: dict[str, tuple[type[Strict], ...]] = {
     "calibration": (CalibrationV1, CalibrationV2, CalibrationV3, CalibrationV4),
     "emulator": (EmulatorV1, EmulatorV2, EmulatorV3, EmulatorV4, EmulatorV5),
-    "adapter": (AdapterV1, AdapterV2, AdapterV3),
+    "adapter": (AdapterV1, AdapterV2, AdapterV3, AdapterV4),
 }
 
 

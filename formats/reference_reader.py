@@ -116,7 +116,7 @@ def read_adapter(folder: Path) -> tuple[dict[str, tuple[np.ndarray, np.ndarray, 
             scaling = alpha / sqrt(rank) if config.get("use_rslora") else alpha / rank
             pairs[module] = (A, tensors[key.replace("lora_A", "lora_B")], scaling)
     if (folder / "emloc.json").exists():
-        read_manifest(folder / "emloc.json", "adapter", 3)
+        read_manifest(folder / "emloc.json", "adapter", 4)
     return pairs, "emloc" in metadata
 
 

@@ -96,7 +96,7 @@ def test_the_good_calibrations_hold_gradients_of_both_sides_and_layers_without()
 
 
 @pytest.mark.parametrize(
-    ("kind", "rule", "newest"), [("calibration", "C2", 4), ("emulator", "E2", 5), ("adapter", "A8", 3)]
+    ("kind", "rule", "newest"), [("calibration", "C2", 4), ("emulator", "E2", 5), ("adapter", "A8", 4)]
 )
 def test_a_later_version_is_refused_by_name(kind: str, rule: str, newest: int) -> None:
     folder = golden(kind, f"bad-{rule}-version-{newest + 1}")

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import inspect
 
-from emloc_tools.models import diffusers_quantizer, lowrank_modules
-from emloc_tools.models.modeling import FILE, emulator_name
+from emloc_tools.models import diffusers_quantizer
+from emloc_tools.models.modeling import FILE, emulator_name, layers_source
 
 OWN_IMPORT = "from emloc_tools.models.lowrank_modules import factor_layers\n"
 
@@ -36,11 +36,11 @@ class {emulator}(diffusers.{architecture}):
 
 def modeling_source(architecture: str) -> tuple[str, dict[str, str]]:
     """The text of the modeling file, and the `auto_map` for config.json."""
-    layers, loader = (_without_docstring(module) for module in (lowrank_modules, diffusers_quantizer))
+    loader = _without_docstring(diffusers_quantizer)
     emulator = emulator_name(architecture)
     text = (
         HEADER.format(architecture=architecture)
-        + f"\n{layers}\n\n\nimport diffusers\n"
+        + f"\n{layers_source()}\n\n\nimport diffusers\n"
         + loader.replace(OWN_IMPORT, "")
         + CLASS.format(emulator=emulator, architecture=architecture)
     )

@@ -1,7 +1,7 @@
 """Low-rank layers that stand in for nn.Linear and GPT-2's Conv1D, such that PEFT treats them as those.
 
-This file is also pasted, as it is, into every emulator folder. So it imports nothing but torch and transformers,
-and works with transformers 4.56 and later.
+This file is also pasted, as it is, into every emulator folder, after `four_bits.py`. So it imports nothing but torch
+and transformers, and works with transformers 4.56 and later.
 """
 
 import re
@@ -14,6 +14,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 from transformers.pytorch_utils import Conv1D
+
+from emloc_tools.models.four_bits import FourBits, Product, dequantised, four_bits_of, is_quantised, skipped
 
 DERIVED = (
     "this layer of an EMLoC emulator is low-rank (U, S, Vh); its dense weight is derived and cannot be written. Do not "
@@ -89,9 +91,11 @@ class LowRankLayer(nn.Module):
     """`y = U (S * (Vh x)) + bias` with `U (out, k)`, `S (k,)`, `Vh (k, in)`: raw parameters, no child modules.
 
     PEFT's "all-linear" would adapt child Linears instead of this layer, under other keys than the base's.
+    U and Vh are quantised the moment they are set if `four_bits` says so: while a model loads, one matrix at a time.
     """
 
     bias: Any  # a parameter `(out,)` or None
+    four_bits: FourBits | None = None
     _is_hf_initialized = True  # transformers 5 would otherwise initialise `weight`
 
     def _setup(
@@ -108,17 +112,45 @@ class LowRankLayer(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":
             raise RuntimeError(DERIVED)
+        if self.four_bits and name in ("U", "Vh") and value.device.type != "meta" and not is_quantised(value):
+            value = self.four_bits.quantised(value)
         super().__setattr__(name, value)
 
+    def _shape(self, name: str) -> tuple[int, int]:
+        return (self.out_features, self.rank) if name == "U" else (self.rank, self.in_features)
+
+    def _factor(self, name: str) -> torch.Tensor:
+        factor: Any = getattr(self, name)
+        if not is_quantised(factor):
+            return factor.detach()  # type: ignore[no-any-return]
+        return dequantised(factor, factor.quant_state, self._shape(name))
+
+    def _times(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        factor: Any = getattr(self, name)
+        return Product.apply(x, factor, factor.quant_state, self._shape(name))  # type: ignore[no-any-return,no-untyped-call]
+
     def _dense(self) -> torch.Tensor:
-        return (self.U.detach() * self.S.detach()) @ self.Vh.detach()
+        U, Vh = self._factor("U"), self._factor("Vh")
+        return (U * self.S.detach().to(U.dtype)) @ Vh
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """Of the weight, which a LoRA takes for its own."""
+        state: Any = getattr(self.U, "quant_state", self.U)
+        dtype: torch.dtype = state.dtype
+        return dtype
 
     def reset_parameters(self) -> None:
         """Nothing to initialise: the factors come from the emulator's file."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # Not U * S first: that would save one more activation for the backward pass.
-        return F.linear(F.linear(x, self.Vh) * self.S, self.U, self.bias)
+        if self.four_bits is None:
+            return F.linear(F.linear(x, self.Vh) * self.S, self.U, self.bias)
+        low = self._times("Vh", x.to(self.four_bits.compute))
+        # Who prepares a model for training in few bits turns what is not quantised, such as S, into float32.
+        y = self._times("U", low * self.S.to(low.dtype)).to(x.dtype)
+        return y if self.bias is None else y + self.bias.to(x.dtype)
 
     def extra_repr(self) -> str:
         bias = self.bias is not None
@@ -142,7 +174,7 @@ class LowRankLinear(LowRankLayer, nn.Linear):
     @property
     def weight(self) -> DerivedWeight:  # type: ignore[override]
         """The product `(out, in)`, computed when it is read."""
-        return DerivedWeight(self._dense, (self.out_features, self.in_features), self.U.dtype, self.U.device)
+        return DerivedWeight(self._dense, (self.out_features, self.in_features), self._dtype, self.U.device)
 
 
 class LowRankConv1D(LowRankLayer, Conv1D):  # type: ignore[misc]
@@ -164,7 +196,7 @@ class LowRankConv1D(LowRankLayer, Conv1D):  # type: ignore[misc]
     def weight(self) -> DerivedWeight:
         """The transposed product `(in, out)`, computed when it is read."""
         shape = (self.in_features, self.out_features)
-        return DerivedWeight(lambda: self._dense().t().contiguous(), shape, self.U.dtype, self.U.device)
+        return DerivedWeight(lambda: self._dense().t().contiguous(), shape, self._dtype, self.U.device)
 
 
 class Routing(NamedTuple):
@@ -350,6 +382,7 @@ def factor_layers(model: Any, ranks: dict[str, int]) -> Any:
     modules = dict(model.named_modules())
     factored: list[str] = []
     guarded: list[str] = []
+    four_bits = four_bits_of(model)
     for name, rank in ranks.items():
         alternative = name[len(prefix) :] if name.startswith(prefix) else prefix + name
         path = next((path for path in (name, alternative) if path in modules), None)
@@ -373,10 +406,14 @@ def factor_layers(model: Any, ranks: dict[str, int]) -> Any:
         options: dict[str, Any] = {"bias": old.bias is not None, "device": old.weight.device, "dtype": old.weight.dtype}
         new: LowRankLayer
         if isinstance(old, Conv1D):
+            if four_bits:
+                raise ValueError(f"{path} is a Conv1D, in whose place transformers puts its own layer of 4 bits")
             new = LowRankConv1D(old.weight.shape[0], old.weight.shape[1], rank, **options)
         else:
             new = LowRankLinear(old.in_features, old.out_features, rank, **options)
         new.train(old.training)
+        if four_bits and not skipped(model, path):
+            new.four_bits = four_bits
         parent, _, child = path.rpartition(".")
         setattr(model.get_submodule(parent) if parent else model, child, new)
         factored += [path, name]

@@ -7,15 +7,17 @@ the classes of transformers first, and would then load factored layers into a st
 from __future__ import annotations
 
 import inspect
+import re
 import textwrap
 from collections.abc import Collection
 from typing import Any
 
 from emloc_tools.errors import UnsupportedError
-from emloc_tools.models import lowrank_modules
+from emloc_tools.models import four_bits, lowrank_modules
 from emloc_tools.models.auto_classes import Fitting, fitting_classes
 
 FILE = "modeling_emloc"
+OWN_IMPORT = re.compile(r"from emloc_tools\.models\.four_bits import .*\n\n")
 
 HEADER = '''"""An EMLoC emulator written by emloc-tools: {architecture} with low-rank layers. Self-contained.
 
@@ -73,7 +75,7 @@ def modeling_source(
     autos = fitting_classes(config, layers, stored)
     classes = {fitting.name: fitting for fitting in (Fitting(architecture), *autos.values())}
     text = HEADER.format(architecture=architecture)
-    text += f"\n{_without_docstring(inspect.getsource(lowrank_modules))}\n{EXPERTS if fused else ''}"
+    text += f"\n{layers_source()}\n{EXPERTS if fused else ''}"
     text += "".join(_class(classes[name], fused, always=name == architecture) for name in sorted(classes))
     return text, {auto: f"{FILE}.{emulator_name(fitting.name)}" for auto, fitting in autos.items()}
 
@@ -81,7 +83,7 @@ def modeling_source(
 def modeling_of_own_code(architecture: str, module: str, autos: Collection[str]) -> tuple[str, dict[str, str]]:
     """The same for a base whose class is in the file `<module>.py` beside the modeling file."""
     text = HEADER.format(architecture=architecture).replace("Self-contained", f"Needs {module}.py")
-    text += f"\n{_without_docstring(inspect.getsource(lowrank_modules))}\n\n\nfrom .{module} import {architecture}\n"
+    text += f"\n{layers_source()}\n\n\nfrom .{module} import {architecture}\n"
     text += CLASS.format(name=architecture, parents="RefusesExperts, LoadsWholly, ", first="", ranks=ALL_RANKS)
     return text, dict.fromkeys(autos, f"{FILE}.{emulator_name(architecture)}")
 
@@ -92,6 +94,12 @@ def _class(fitting: Fitting, fused: bool, *, always: bool) -> str:
     parents = f"LoadsWholly, {STOCK}" if always else STOCK  # another class may have a head of its own, which is new
     text = CLASS.format(name=fitting.name, parents=parents, first=REQUIRE if fused else "", ranks=ranks)
     return text if always else IF_KNOWN.format(name=fitting.name, indented=textwrap.indent(text.lstrip("\n"), "    "))
+
+
+def layers_source() -> str:
+    """The low-rank layers as text that needs nothing of emloc-tools."""
+    packing, layers = (_without_docstring(inspect.getsource(module)) for module in (four_bits, lowrank_modules))
+    return f"{packing}\n\n\n{OWN_IMPORT.sub('', layers)}"
 
 
 def _without_docstring(source: str) -> str:

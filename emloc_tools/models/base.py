@@ -12,9 +12,9 @@ from torch import nn
 
 from emloc_tools.errors import InputError
 from emloc_tools.files.tensors import TensorFolder
-from emloc_tools.models.dequantise import open_dequantised, require_dequantiser
-from emloc_tools.models.dequantised_folder import DequantisedFolder
 from emloc_tools.models.diffusion import DiffusersConfig, stored_dtype
+from emloc_tools.models.quantised.folder import DequantisedFolder
+from emloc_tools.models.quantised.methods import open_dequantised, require_dequantiser
 from emloc_tools.models.skeleton import build_skeleton, compute_dtype, load_config, model_class
 from emloc_tools.models.source import Source, first_line, open_source, open_tensors
 from emloc_tools.models.weights import ModelWeights

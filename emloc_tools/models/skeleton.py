@@ -15,7 +15,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from emloc_tools.errors import InputError, UnsupportedError
 from emloc_tools.models import diffusion
-from emloc_tools.models.dequantise import require_readable
+from emloc_tools.models.quantised.methods import require_readable
 from emloc_tools.models.source import Source, first_line
 
 

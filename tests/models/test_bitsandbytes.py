@@ -18,7 +18,7 @@ from emloc_tools import load_emulator
 from emloc_tools.errors import MismatchError, UnsupportedError
 from emloc_tools.files.tensors import TensorFolder
 from emloc_tools.models.base import open_base
-from emloc_tools.models.bitsandbytes_weights import BitsandbytesFolder
+from emloc_tools.models.quantised.bitsandbytes_weights import BitsandbytesFolder
 from emloc_tools.stages.build_emulator import build_emulator
 from emloc_tools.stages.calibrate import calibrate
 from emloc_tools.stages.correct import correct

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from emloc_tools import load_emulator
 from emloc_tools.errors import MismatchError, UnsupportedError
 from emloc_tools.files.tensors import TensorFolder
 from emloc_tools.models.base import open_base
-from emloc_tools.models.fp8 import Fp8Folder, dequantise
+from emloc_tools.models.quantised.fp8 import Fp8Folder, dequantise, is_fp8
 from emloc_tools.stages.build_emulator import build_emulator
 from emloc_tools.stages.calibrate import calibrate
 from emloc_tools.stages.correct import correct
@@ -193,24 +194,48 @@ def test_eight_bits_without_scales_are_refused_by_name(tmp_path: Path) -> None:
     opened.tensors.close()
 
 
-OTHERS: list[dict[str, Any]] = [
-    {"quant_method": "gptq", "bits": 4},
-    {"quant_method": "awq", "bits": 4},
-    {"quant_method": "fp8", "expert_dtype": "fp4"},
-    {"quant_method": "modelopt", "quant_algo": "NVFP4"},
-    {"quant_method": "compressed-tensors", "config_groups": {}},
-    {**TENSORWISE, "config_groups": {"group_0": {"weights": {"type": "int", "num_bits": 4}}}},
-    {"bits": 4},
+# Configurations of what is refused, and what the message calls it.
+OTHERS: list[tuple[dict[str, Any], str]] = [
+    ({"quant_method": "gptq", "bits": 5}, "gptq (bits 5)"),
+    (
+        {"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"},
+        "gptq (checkpoint_format marlin, bits 4)",
+    ),
+    ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "awq (version gemv, bits 4)"),
+    ({"quant_method": "fp8", "expert_dtype": "fp4"}, "fp8 (expert_dtype fp4)"),
+    ({"quant_method": "modelopt", "quant_algo": "NVFP4_AWQ"}, "modelopt (quant_algo NVFP4_AWQ)"),
+    ({**TENSORWISE, "format": "marlin-24"}, "compressed-tensors (format marlin-24)"),
+    (
+        {**TENSORWISE, "sparsity_config": {"format": "sparse-24-bitmask"}},
+        "compressed-tensors (format float-quantized, sparsity sparse-24-bitmask)",
+    ),
+    (
+        {**TENSORWISE, "transform_config": {"config_groups": {"R1": {}}}},
+        "compressed-tensors (format float-quantized, transforms R1)",
+    ),
+    ({"quant_method": "torchao"}, "torchao"),
+    ({"bits": 4}, "an unknown method (bits 4)"),
 ]
 
 
-@pytest.mark.parametrize("quantisation", OTHERS, ids=lambda q: "-".join(map(str, list(q.values())[:2]))[:40])
-def test_other_quantisations_are_refused_by_their_name(quantisation: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("quantisation", "called"), OTHERS, ids=[called for _, called in OTHERS])
+def test_other_quantisations_are_refused_by_their_name(
+    quantisation: dict[str, Any], called: str, tmp_path: Path
+) -> None:
     pico.save_model(tmp_path)
     edit(tmp_path, quantization_config=quantisation)
-    method = quantisation.get("quant_method", "an unknown method")
-    with pytest.raises(UnsupportedError, match=f"is quantised by {method}; use the model's full-precision"):
+    with pytest.raises(UnsupportedError, match=rf"is quantised by {re.escape(called)}; use the model's full-precision"):
         open_base(str(tmp_path))
+
+
+def test_exponents_are_no_factors(tmp_path: Path) -> None:
+    """MXFP8 has bytes for scales. Read as factors, 127 would be taken for 127 and not for 1."""
+    mxfp8 = {"type": "float", "num_bits": 8, "strategy": "group", "group_size": 32}
+    config = {**TENSORWISE, "format": "mxfp8-quantized", "config_groups": {"group_0": {"weights": mxfp8}}}
+    assert is_fp8(TENSORWISE)
+    assert not is_fp8(config)
+    with pytest.raises(UnsupportedError, match=r"the scales of w are torch\.uint8, and factors are floats"):
+        dequantise("w", torch.ones(2, 32).to(F8), torch.full((2, 1), 127, dtype=torch.uint8))
 
 
 def test_a_dequantised_folder_shows_what_it_gives_and_hides_the_scales(tmp_path: Path) -> None:

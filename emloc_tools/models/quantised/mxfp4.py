@@ -14,7 +14,7 @@ import torch
 
 from emloc_tools.errors import MismatchError, UnsupportedError
 from emloc_tools.files.tensors import TensorFolder
-from emloc_tools.models.dequantised_folder import DequantisedFolder, without
+from emloc_tools.models.quantised.folder import DequantisedFolder, without
 
 BYTES_OF_A_BLOCK = 16
 

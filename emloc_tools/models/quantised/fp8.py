@@ -17,7 +17,8 @@ import torch
 
 from emloc_tools.errors import MismatchError, UnsupportedError
 from emloc_tools.files.tensors import TensorFolder
-from emloc_tools.models.dequantised_folder import DequantisedFolder, without
+from emloc_tools.models.quantised.compressed_tensors_schemes import extras, groups_of
+from emloc_tools.models.quantised.folder import DequantisedFolder, without
 
 SUFFIXES = ("_scale_inv", "_scale")
 EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -59,7 +60,12 @@ def dequantise(
     """`weight (..., rows, columns)` of 8-bit floats times its scales: float32, of the same shape.
 
     `scale` holds one number, one for each row, or a grid `(..., ⌈rows / block rows⌉, ⌈columns / block columns⌉)`.
+    Raises `UnsupportedError` for scales that are integers, `MismatchError` for those that do not fit.
     """
+    if not scale.is_floating_point():
+        raise UnsupportedError(
+            f"the scales of {name} are {scale.dtype}, and factors are floats; use the model's full-precision release"
+        )
     W, s = weight.float(), scale.float()
     if s.numel() == 1:
         return W.mul_(s.reshape(()))
@@ -92,21 +98,23 @@ def is_fp8(quantisation: Mapping[str, Any]) -> bool:
         case "modelopt":
             return bool(quantisation.get("quant_algo") == "FP8")
         case "compressed-tensors":
-            weights = [group.get("weights") for group in _groups(quantisation)]
-            return bool(weights) and all(w and w.get("type") == "float" and w.get("num_bits") == 8 for w in weights)
+            formats = {quantisation.get("format"), *(group.get("format") for group in groups_of(quantisation))}
+            weights = [group.get("weights") for group in groups_of(quantisation)]
+            # In MXFP8 scales are exponents.
+            known = formats <= {None, "float-quantized", "naive-quantized"} and not extras(quantisation)
+            return known and _are_fp8(weights)
     return False
+
+
+def _are_fp8(weights: list[Any]) -> bool:
+    return bool(weights) and all(w and w.get("type") == "float" and w.get("num_bits") == 8 for w in weights)
 
 
 def block_size(quantisation: Mapping[str, Any]) -> tuple[int, int] | None:
     """Rows and columns of the blocks that have a scale each, if the configuration names them."""
     found = quantisation.get("weight_block_size")
-    for group in _groups(quantisation):
+    for group in groups_of(quantisation):
         found = found or (group.get("weights") or {}).get("block_structure")
     if isinstance(found, (list, tuple)) and len(found) == 2 and all(isinstance(n, int) and n > 0 for n in found):
         return found[0], found[1]
     return None
-
-
-def _groups(quantisation: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    groups = quantisation.get("config_groups")
-    return [g for g in groups.values() if isinstance(g, Mapping)] if isinstance(groups, Mapping) else []

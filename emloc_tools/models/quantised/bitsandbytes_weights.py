@@ -15,11 +15,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from emloc_tools.errors import MismatchError, UnsupportedError
 from emloc_tools.files.tensors import TensorFolder
-from emloc_tools.models.dequantised_folder import DequantisedFolder, without
+from emloc_tools.models.quantised.folder import DequantisedFolder, without
 
 STATE = ".quant_state.bitsandbytes__"
 KINDS = ("nf4", "fp4")
@@ -163,24 +162,6 @@ def is_bitsandbytes(quantisation: Mapping[str, Any]) -> bool:
     return method == "bitsandbytes" or (
         method is None and any(quantisation.get(flag) for flag in ("load_in_4bit", "load_in_8bit"))
     )
-
-
-def require_bitsandbytes(model: nn.Module, base: str) -> None:
-    """Raise `UnsupportedError` where the library is not installed, or the model has layers whose layout it changes."""
-    from transformers.pytorch_utils import Conv1D
-
-    if any(isinstance(module, Conv1D) for module in model.modules()):
-        raise UnsupportedError(
-            f"{base} is quantised by bitsandbytes, which stores Conv1D layers transposed; use the model's "
-            "full-precision (bf16, fp16, fp32) release"
-        )
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError as error:
-        raise UnsupportedError(
-            f"{base} is quantised by bitsandbytes, which needs the extra `bitsandbytes`: install it with "
-            '`pip install "emloc-tools[bitsandbytes]"`'
-        ) from error
 
 
 def _require_size(name: str, found: int, expected: int, unit: str = "numbers") -> None:

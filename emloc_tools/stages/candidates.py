@@ -9,15 +9,16 @@ from typing import Any
 
 from torch import nn
 
-from emloc_tools.errors import MismatchError, UnsupportedError
+from emloc_tools.errors import UnsupportedError
 from emloc_tools.files.adapter import Adapter
 from emloc_tools.files.emulator import Emulator
 from emloc_tools.files.tensors import TensorFolder
+from emloc_tools.models.adapted import AdaptedModules, require_pair_shape
 from emloc_tools.models.base import open_base
 from emloc_tools.models.labels import classifies_sequences
 from emloc_tools.models.layers import describe
 from emloc_tools.models.loading import emulator_class
-from emloc_tools.models.lora import LoraPair, match_module
+from emloc_tools.models.lora import LoraPair
 from emloc_tools.models.skeleton import build_skeleton, compute_dtype, load_config, predicts_next_token
 from emloc_tools.models.source import Source
 from emloc_tools.models.weights import ModelWeights
@@ -69,10 +70,15 @@ def open_emulator_target(folder: Path, dtype: str) -> Target:
 
 
 def load_pairs(adapter: Adapter) -> dict[str, LoraPair]:
-    """The pairs of an adapter by module. Raises `UnsupportedError` if it holds anything else."""
-    if adapter.other_tensors:
+    """The pairs of an adapter by module. Raises `UnsupportedError` if it holds anything else that was trained.
+
+    PEFT saves a copy of a head that it adapts, which belongs to the model and is frozen; see `require_shapes`.
+    """
+    copies = {f"{adapter.prefix}{module}.base_layer.{part}" for module in adapter.loras for part in ("weight", "bias")}
+    others = [name for name in adapter.other_tensors if name not in copies]
+    if others:
         raise UnsupportedError(
-            f"{adapter.folder} holds {adapter.other_tensors[0]} beside LoRA pairs, of "
+            f"{adapter.folder} holds {others[0]} beside LoRA pairs, of "
             "modules_to_save or of an adapted embedding; losses cannot be measured with such tensors yet"
         )
     return {module: LoraPair(*adapter.pair(module), keys.scaling) for module, keys in adapter.loras.items()}
@@ -80,17 +86,12 @@ def load_pairs(adapter: Adapter) -> dict[str, LoraPair]:
 
 def require_shapes(target: Target, path: Path, pairs: Mapping[str, LoraPair]) -> None:
     """Refuse the adapter in `path` if one of its pairs does not fit the model."""
-    modules = dict(target.model.named_modules())
+    modules = AdaptedModules(target.model, path, f"the {target.name}")
     for name, pair in pairs.items():
-        module = match_module(name, [other for other, candidate in modules.items() if hasattr(candidate, "weight")])
-        if module is None:
-            raise MismatchError(f"{path} adapts {name}, which the {target.name} does not have")
-        layer = describe(module, modules[module])
-        if (pair.B.shape[0], pair.A.shape[1]) != (layer.out_features, layer.in_features):
-            raise MismatchError(
-                f"{path} holds a pair for {name} of {pair.B.shape[0]} x {pair.A.shape[1]}, the layer of the "
-                f"{target.name} is {layer.out_features} x {layer.in_features}; it was trained on another model"
-            )
+        module = modules.find(name)
+        layer = describe(module, modules.modules[module])
+        shape = (layer.out_features, layer.in_features)
+        require_pair_shape(name, (pair.B.shape[0], pair.A.shape[1]), shape, f"the layer of the {target.name}")
 
 
 def _require_predictions(architecture: str, config: Any = None) -> None:

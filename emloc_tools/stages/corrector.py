@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from emloc_tools.files.exported import exported_emulator
 from emloc_tools.files.manifest import CorrectedLayer
 from emloc_tools.files.tensors import content_hash
 from emloc_tools.linalg.correction import correct_lora
+from emloc_tools.models.adapted import AdaptedModules, require_pair_shape
 from emloc_tools.models.base import BaseModel, oriented
 from emloc_tools.models.lora import match_module
 from emloc_tools.records import Layer
@@ -36,8 +37,8 @@ class Corrector:
     def __init__(self, trained: Adapter, bundle: Emulator, opened: BaseModel, clamp: float | None, device: str) -> None:
         self._trained, self._bundle, self._base_id = trained, bundle, opened.source.id
         self._clamp, self._device = clamp, device
-        modules = {name for name, module in opened.model.named_modules() if hasattr(module, "weight")}
-        self._names = {module: self._find(module, modules) for module in trained.loras}
+        modules = AdaptedModules(opened.model, trained.folder, opened.source.id)
+        self._names = {module: match_module(module, bundle.layers) or modules.find(module) for module in trained.loras}
         self._weights = opened.weights([_layer(bundle, name) for name in self._names.values() if name in bundle.layers])
 
     def correct(self, module: str) -> CorrectedPair | None:
@@ -51,11 +52,8 @@ class Corrector:
         self._require(self._weights.hashes[stored] == self._bundle.layers[name].weight_hash, stored)
         layer = _layer(self._bundle, name)
         A, B = (tensor.to(self._device) for tensor in self._trained.pair(module))
-        if (A.shape[1], B.shape[0]) != (layer.in_features, layer.out_features):
-            raise MismatchError(
-                f"the LoRA pair of {module} is for {B.shape[0]} x {A.shape[1]}, the emulator's layer is "
-                f"{layer.out_features} x {layer.in_features}; the adapter was trained on another model"
-            )
+        shape = (layer.out_features, layer.in_features)
+        require_pair_shape(module, (B.shape[0], A.shape[1]), shape, "the emulator's layer")
         keys, factors = self._trained.loras[module], self._bundle.factors(name)
         try:
             corrected = correct_lora(A, B, keys.scaling, oriented(layer, W), *factors, clamp=self._clamp)
@@ -81,15 +79,6 @@ class Corrector:
         if not torch.isfinite(stored).all():
             raise NumericalError(f"{key}: the corrected pair exceeds {stored.dtype}; save the LoRA in float32")
         return stored
-
-    def _find(self, module: str, modules: Collection[str]) -> str:
-        name = match_module(module, self._bundle.layers) or match_module(module, modules)
-        if name is None:
-            raise MismatchError(
-                f"the adapter in {self._trained.folder} adapts {module}, which {self._base_id} does not have; it was "
-                "trained on another model"
-            )
-        return name
 
     def _require(self, same: bool, stored: str) -> None:
         if not same:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import NoReturn
 
@@ -14,6 +13,7 @@ from emloc_tools.files.adapter import Adapter
 from emloc_tools.files.emulator import FACTORS, Emulator
 from emloc_tools.files.manifest import FactoredLayer
 from emloc_tools.files.tensors import content_hash
+from emloc_tools.models.adapted import AdaptedModules, require_pair_shape
 from emloc_tools.models.base import BaseModel
 from emloc_tools.models.layers import describe
 from emloc_tools.models.lora import match_module
@@ -64,8 +64,8 @@ def plan_changes(
 class _Planner:
     def __init__(self, opened: BaseModel, weights: ModelWeights, trained: Adapter) -> None:
         self._opened, self._weights, self._trained = opened, weights, trained
-        self._modules: Mapping[str, nn.Module] = dict(opened.model.named_modules())
-        self._weighted = {name for name, module in self._modules.items() if hasattr(module, "weight")}
+        self._adapted = AdaptedModules(opened.model, trained.folder, opened.source.id)
+        self._modules = self._adapted.modules
         self.changes: dict[str, Change] = {}
 
     def add_saved(self) -> None:
@@ -89,23 +89,17 @@ class _Planner:
 
     def add_lora(self, module: str) -> None:
         """The pair of an adapted module."""
-        name = match_module(module, self._weighted)
-        if name is None:
-            self._refuse_unknown(module)
+        name = self._adapted.get(module) or self._refuse_unknown(module)
         layer = self._linear(name)
         spec_A, spec_B = (self._trained.tensors.spec(key) for key in self._keys(module))
-        if (spec_B.shape[0], spec_A.shape[1]) != (layer.out_features, layer.in_features):
-            raise MismatchError(
-                f"the LoRA pair of {module} is for {spec_B.shape[0]} x {spec_A.shape[1]}, the layer of {self._base_id} "
-                f"is {layer.out_features} x {layer.in_features}; the adapter was trained on another model"
-            )
+        shape = (layer.out_features, layer.in_features)
+        pair = (spec_B.shape[0], spec_A.shape[1])
+        require_pair_shape(module, pair, shape, f"the layer of {self._base_id}")
         self._add(self._own_weight(name), layer=layer, lora=module)
 
     def add_embedding(self, module: str) -> None:
         """The pair of an adapted embedding, whose A and B are the transposes of a linear layer's B and A."""
-        name, keys = match_module(module, self._weighted), self._trained.embeddings[module]
-        if name is None:
-            self._refuse_unknown(module)
+        name, keys = self._adapted.get(module) or self._refuse_unknown(module), self._trained.embeddings[module]
         embedding = self._modules[name]
         if not isinstance(embedding, nn.Embedding):
             raise UnsupportedError(f"{name} of {self._base_id} is a {type(embedding).__name__} and no embedding")
@@ -197,10 +191,7 @@ class _Planner:
                 f"{self._trained.folder} adapts {module}, which {self._opened.architecture} holds inside {fused}; a "
                 "LoRA on fused experts cannot be merged, leave them out of target_modules"
             )
-        raise MismatchError(
-            f"{self._trained.folder} adapts {module}, which {self._base_id} does not have; it was trained on another "
-            "model"
-        )
+        self._adapted.refuse(module)
 
     def _refuse_tied(self, name: str, source: str) -> NoReturn:
         other = next(user for user in [*self._users(source), source] if user != name)

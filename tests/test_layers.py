@@ -17,6 +17,7 @@ ROOMS: dict[str, set[str]] = {
     "plugin": {"emloc_tools.models.diffusers_quantizer"},  # once diffusers is imported
     "errors": set(),
     "records": {"torch"},
+    "wording": set(),
     "linalg": {"torch", "errors", "records"},
     "files": {"torch", "numpy", "pydantic", "xxhash", "emloc_tools", "errors", "records"},
     "models": {
@@ -24,6 +25,7 @@ ROOMS: dict[str, set[str]] = {
         "transformers",
         "diffusers",
         "bitsandbytes",
+        "compressed_tensors",
         "PIL",
         "huggingface_hub",
         "files",
@@ -33,7 +35,19 @@ ROOMS: dict[str, set[str]] = {
     "data": {"torch", "PIL", "models", "files", "errors", "records"},
     "streaming": {"torch", "numpy", "greenlet", "transformers", "data", "models", "errors", "records"},
     "planning": {"torch", "peft", "PIL", "data", "models", "linalg", "files", "errors", "records"},
-    "reporting": {"torch", "transformers", "jinja2", "matplotlib", "models", "files", "errors", "records"},
+    "reporting": {
+        "torch",
+        "transformers",
+        "pydantic",
+        "jinja2",
+        "matplotlib",
+        "models",
+        "files",
+        "errors",
+        "records",
+        "wording",
+        "emloc_tools",
+    },
     # Its programs run where nothing of emloc-tools is installed.
     "trainers": {"torch", "peft", "transformers", "accelerate"},
     "stages": {
@@ -50,8 +64,10 @@ ROOMS: dict[str, set[str]] = {
         "files",
         "errors",
         "records",
+        "wording",
+        "emloc_tools",
     },
-    "cli": {"click", "rich", "stages", "reporting", "emloc_tools", "errors", "records"},
+    "cli": {"click", "rich", "stages", "reporting", "emloc_tools", "errors", "records", "wording"},
     "demo": {"torch", "transformers", "peft", "tokenizers"},
     "__main__": {"cli"},
 }
@@ -67,6 +83,8 @@ HELPERS_OF_STAGES = {
     "head_fitting",
     "merge_checks",
     "merge_plan",
+    "passes",
+    "refinement",
     "refusals",
     "scoring",
     "selection",

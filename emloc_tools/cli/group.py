@@ -25,6 +25,8 @@ from emloc_tools.cli.merge import merge
 from emloc_tools.cli.merge_calibration import merge_calibration
 from emloc_tools.cli.plan import plan
 from emloc_tools.cli.record_inputs import record_inputs
+from emloc_tools.cli.refine import refine
+from emloc_tools.cli.report import report
 from emloc_tools.cli.trainer_config import trainer_config
 from emloc_tools.cli.truncate import truncate
 from emloc_tools.errors import EmlocError
@@ -93,6 +95,7 @@ def main() -> None:
       emloc-tools build-emulator  base + calibration      -> emulator
       (any trainer)               emulator                -> LoRA
       emloc-tools correct         LoRA + emulator + base  -> LoRA for the base
+      emloc-tools refine          LoRA + base + data      -> a better LoRA for it
       emloc-tools merge           LoRA + base             -> dense model
 
     `emloc-tools demo` runs all of it in a few minutes, without any download.
@@ -103,7 +106,7 @@ def main() -> None:
 
 COMMANDS = (
     *(plan, fit_head, record_inputs, calibrate, merge_calibration, build_emulator, truncate, export, trainer_config),
-    *(correct, merge, evaluate, inspect, demo),
+    *(correct, refine, merge, evaluate, inspect, report, demo),
 )
 for command in COMMANDS:
     main.add_command(command)

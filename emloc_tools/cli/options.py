@@ -70,20 +70,20 @@ def base_options(required: bool = True) -> Callable[[Command], Command]:
     )
 
 
-def data_options(samples: int | None) -> Callable[[Command], Command]:
-    """--data and how it is read."""
-    shown = "all" if samples is None else str(samples)
+def data_option(command: Command) -> Command:
+    """--data."""
+    return click.option(
+        "--data",
+        type=FILE,
+        required=True,
+        help="JSONL with text, messages (whose parts may name images), or prompt and completion, for a classifier "
+        "with text and label; or .safetensors with ready model inputs.",
+    )(command)
+
+
+def reading_options(command: Command) -> Command:
+    """How samples become batches, and which ones are taken."""
     return _stack(
-        click.option(
-            "--data",
-            type=FILE,
-            required=True,
-            help="JSONL with text, messages (whose parts may name images), or prompt and completion, for a classifier "
-            "with text and label; or .safetensors with ready model inputs.",
-        ),
-        click.option(
-            "--samples", type=click.IntRange(min=1), default=samples, help=f"How many to use.  [default: {shown}]"
-        ),
         click.option(
             "--max-length", type=click.IntRange(min=2), default=2048, show_default=True, help="Tokens per sample."
         ),
@@ -91,6 +91,18 @@ def data_options(samples: int | None) -> Callable[[Command], Command]:
             "--batch-size", type=click.IntRange(min=1), default=1, show_default=True, help="Samples per batch."
         ),
         click.option("--seed", type=int, default=0, show_default=True, help="Chooses the samples."),
+    )(command)
+
+
+def data_options(samples: int | None) -> Callable[[Command], Command]:
+    """--data and how it is read."""
+    shown = "all" if samples is None else str(samples)
+    return _stack(
+        data_option,
+        click.option(
+            "--samples", type=click.IntRange(min=1), default=samples, help=f"How many to use.  [default: {shown}]"
+        ),
+        reading_options,
     )
 
 

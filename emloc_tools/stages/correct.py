@@ -34,8 +34,8 @@ from emloc_tools.stages.corrector import (
     require_same_architecture,
     require_trained_on,
 )
+from emloc_tools.stages.passes import blaming_inputs
 from emloc_tools.stages.refusals import (
-    blaming_inputs,
     require_apart,
     require_artifact,
     require_original,

@@ -18,7 +18,8 @@ from emloc_tools.models.base import choose_device
 from emloc_tools.models.lora import LoraPair
 from emloc_tools.records import Progress, Step, silent
 from emloc_tools.stages.candidates import Target, load_pairs, open_base_target, open_emulator_target, require_shapes
-from emloc_tools.stages.refusals import blaming_inputs, require_artifact, require_original, require_plain_lora
+from emloc_tools.stages.passes import blaming_inputs
+from emloc_tools.stages.refusals import require_artifact, require_original, require_plain_lora
 from emloc_tools.stages.scoring import Scores, score, target_counts
 
 

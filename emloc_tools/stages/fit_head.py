@@ -23,7 +23,8 @@ from emloc_tools.models.heads import HeadedBase, open_headed
 from emloc_tools.models.labels import numbered
 from emloc_tools.records import Progress, Step, silent
 from emloc_tools.stages.head_fitting import DECAYS, Quality, cross_validated, fit, quality, split
-from emloc_tools.stages.refusals import blaming_inputs, require_apart, require_original
+from emloc_tools.stages.passes import blaming_inputs
+from emloc_tools.stages.refusals import require_apart, require_original
 from emloc_tools.stages.scoring import forward_of, waves_of
 from emloc_tools.streaming.head_features import Features, Head
 from emloc_tools.streaming.stream import LockStep

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,9 @@ from emloc_tools.data.batches import Batch
 from emloc_tools.data.ready_inputs import arguments_of
 from emloc_tools.errors import InputError
 from emloc_tools.files.ready_inputs import TARGET
+from emloc_tools.models.source import first_line
 from emloc_tools.models.weights import ModelWeights
 from emloc_tools.records import Layer
-from emloc_tools.stages.refusals import blaming_inputs
 from emloc_tools.streaming.stream import MAX_UNIT_BYTES
 from emloc_tools.streaming.units import partition
 
@@ -85,3 +86,15 @@ def call_of(model: nn.Module, batch: Batch, device: torch.device, options: Mappi
             return model(**{**options, **arguments_of(inputs)})
 
     return call
+
+
+@contextlib.contextmanager
+def blaming_inputs(model: nn.Module, inputs: Iterable[str]) -> Iterator[None]:
+    """Turn a model's complaint about its arguments into a message that says which arguments it was given."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"{type(model).__name__} cannot run on the inputs {', '.join(inputs)}: {first_line(error)}; a .safetensors "
+            "file as --data can give any inputs"
+        ) from error

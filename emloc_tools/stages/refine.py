@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from emloc_tools.data.batches import Batch, count_samples, count_tokens, load_batches
 from emloc_tools.errors import InputError, MismatchError, NumericalError
@@ -20,13 +21,15 @@ from emloc_tools.files.diffusers_lora import WEIGHTS as DIFFUSERS_ADAPTER
 from emloc_tools.files.diffusers_lora import open_adapter
 from emloc_tools.files.folders import check_output, new_folder
 from emloc_tools.files.manifest import AdapterManifest, DataRecord, Refinement, file_hash, made_by
+from emloc_tools.files.ready_inputs import TARGET
+from emloc_tools.linalg.cross_entropy import IGNORED
 from emloc_tools.models.base import BaseModel, choose_device, open_base
 from emloc_tools.models.lora import LoraPair
 from emloc_tools.records import Progress, Step, silent
 from emloc_tools.stages.candidates import Target, load_pairs, require_shapes
-from emloc_tools.stages.gradient_sums import loss_of
-from emloc_tools.stages.passes import activation_bytes, require_room
-from emloc_tools.stages.refinement import refine_pairs
+from emloc_tools.stages.gradient_sums import batch_loss, loss_of
+from emloc_tools.stages.passes import activation_bytes, call_of, require_room, sparing_options
+from emloc_tools.stages.refinement import Objective, refine_pairs
 from emloc_tools.stages.refusals import require_apart, require_artifact, require_original, require_plain_lora
 
 STEPS, SAMPLES, STEP_SIZE = 8, 64, 0.2  # decided by the bench, docs/transfer.md
@@ -111,7 +114,7 @@ def refine(
             opened.model,
             weights,
             pairs,
-            dealt,
+            [_objective(opened.model, step, device) for step in dealt],
             step_size=step_size,
             spill=folder,
             device=device,
@@ -162,6 +165,25 @@ def deal(batches: Sequence[Batch], steps: int, samples_per_step: int, seed: int)
             step.append(pile.pop())
         dealt.append(step)
     return dealt
+
+
+def _objective(model: nn.Module, batches: Sequence[Batch], device: str) -> Objective:
+    """The mean loss of the batches over their target tokens, labels or entries."""
+    counted = sum(_counted(batch) for batch in batches)
+    options = sparing_options(model, (), batches, loss=True)
+    return Objective(
+        [call_of(model, batch, torch.device(device), options) for batch in batches],
+        lambda index, result: batch_loss(batches[index], result, model) / counted,
+    )
+
+
+def _counted(batch: Batch) -> int:
+    """Over how many the loss of a batch is summed; 1 where the model gives a mean itself."""
+    if batch.labels is not None:
+        return int((batch.labels != IGNORED).sum())
+    if batch.targets is not None:
+        return int(batch.targets[:, 1:].sum())
+    return batch.inputs[TARGET].numel() if TARGET in batch.inputs else 1
 
 
 def _require_corrected(trained: Adapter) -> AdapterManifest:

@@ -6,8 +6,9 @@ enough for large steps, and on a model that streams by, samples cost computing b
 
 The step size is relative. An Adam step moves every entry of a tensor by about its learning rate, and what is a small
 move depends on the entries: those of B start at zero in training, so their size says how far the training has gone.
-The learning rates of all A and of all B are `step_size` times the root mean square of their entries, and fall to zero
-with the cosine.
+The learning rates of all A and of all B are `step_size` times the root mean square of their entries. They rise and fall
+as half a sine over the steps: the first step of Adam has no second moment to go by and moves every entry equally, large
+gradient or small, which at full length does harm.
 """
 
 from __future__ import annotations
@@ -15,52 +16,53 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from emloc_tools.data.batches import Batch
 from emloc_tools.errors import InputError, NumericalError
-from emloc_tools.files.ready_inputs import TARGET
-from emloc_tools.linalg.cross_entropy import IGNORED
 from emloc_tools.models.layers import describe
 from emloc_tools.models.lora import LoraPair, attach_loras, match_module
 from emloc_tools.models.weights import ModelWeights
-from emloc_tools.stages.gradient_sums import batch_loss
-from emloc_tools.stages.passes import call_of, sparing_options
 from emloc_tools.streaming.backward import BackwardLockStep
 from emloc_tools.streaming.units import Unit
 
 BETAS = (0.9, 0.95)  # of few steps, each with little noise: the second moment must not remember the first for long
 
 
+@dataclass(frozen=True)
+class Objective:
+    """What one step minimises: the sum of `loss(index, result)`, a scalar, over the results of `calls`."""
+
+    calls: Sequence[Callable[[], Any]]
+    loss: Callable[[int, Any], torch.Tensor]
+
+
 def refine_pairs(
     model: nn.Module,
     weights: ModelWeights,
     pairs: Mapping[str, LoraPair],
-    steps: Sequence[Sequence[Batch]],
+    steps: Sequence[Objective],
     *,
     step_size: float,
     spill: Path,
     device: str,
     progress: Callable[[int, int, str], None],
 ) -> tuple[dict[str, LoraPair], list[float]]:
-    """The pairs after one Adam step for each of `steps`, in float32 on the CPU; and each step's loss before it.
+    """The pairs after one Adam step for each of `steps`, in float32 on the CPU; and what each step found to minimise.
 
-    `model` (parameters on meta) streams with `weights`; activations pass through a file in the folder `spill`. The loss
-    is that of `calibrate --gradients`, as a mean over the step's target tokens, labels or entries. `progress(done,
-    total, what)` counts units. Raises `InputError` for pairs whose B are all zero, which nobody trained,
-    `NumericalError` for a loss or a gradient that is not finite.
+    `model` (parameters on meta) streams with `weights`; activations pass through a file in the folder `spill`.
+    `progress(done, total, what)` counts units. Raises `InputError` for pairs whose B are all zero, which nobody
+    trained, `NumericalError` for a loss or a gradient that is not finite.
     """
     trained = {
         name: LoraPair(_leaf(pair.A, device), _leaf(pair.B, device), pair.scaling) for name, pair in pairs.items()
     }
     optimizer = _optimizer(trained, step_size)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / len(steps)))
-    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: math.sin(math.pi * (step + 0.5) / len(steps)))
     # Before the streaming begins, whose second runs of a unit keep only hooks that were there first.
     handles = attach_loras(model, [trained], lambda: 0)
     modules = dict(model.named_modules())
@@ -69,10 +71,10 @@ def refine_pairs(
     stream = BackwardLockStep(model, weights, layers, spill=spill, device=device)
     losses: list[float] = []
     try:
-        for number, batches in enumerate(steps):
+        for number, objective in enumerate(steps):
             optimizer.zero_grad()
             _watch(stream, number, len(steps), progress)
-            losses.append(_gradients(stream, model, batches, device))
+            losses.append(_gradients(stream, objective))
             _require_finite(trained)
             optimizer.step()
             schedule.step()
@@ -100,32 +102,17 @@ def _optimizer(pairs: Mapping[str, LoraPair], step_size: float) -> torch.optim.A
     return torch.optim.Adam(groups, betas=BETAS)
 
 
-def _gradients(stream: BackwardLockStep, model: nn.Module, batches: Sequence[Batch], device: str) -> float:
-    """Add the gradients of the mean loss of `batches` to the pairs; returns the loss."""
-    counted = sum(_counted(batch) for batch in batches)
-    options = sparing_options(model, (), batches, loss=True)
-    calls = [call_of(model, batch, torch.device(device), options) for batch in batches]
-    losses = torch.zeros(len(batches), dtype=torch.float64)
-
-    def loss(index: int, result: Any) -> torch.Tensor:
-        return batch_loss(batches[index], result, model) / counted
+def _gradients(stream: BackwardLockStep, objective: Objective) -> float:
+    """Add the gradients of the objective to the pairs; returns its value."""
+    parts = torch.zeros(len(objective.calls), dtype=torch.float64)
 
     def keep(index: int, value: torch.Tensor) -> None:
-        losses[index] = value.double()
+        parts[index] = value.double()
 
-    stream.run_backward(calls, loss, keep)
-    if not torch.isfinite(losses).all():
+    stream.run_backward(objective.calls, objective.loss, keep)
+    if not torch.isfinite(parts).all():
         raise NumericalError("the loss of the base with the LoRA is not finite; try --dtype float32")
-    return float(losses.sum())
-
-
-def _counted(batch: Batch) -> int:
-    """Over how many the loss of a batch is summed; 1 where the model gives a mean itself."""
-    if batch.labels is not None:
-        return int((batch.labels != IGNORED).sum())
-    if batch.targets is not None:
-        return int(batch.targets[:, 1:].sum())
-    return batch.inputs[TARGET].numel() if TARGET in batch.inputs else 1
+    return float(parts.sum())
 
 
 def _watch(stream: BackwardLockStep, step: int, steps: int, progress: Callable[[int, int, str], None]) -> None:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import reprlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-
-from torch import nn
 
 from emloc_tools.errors import InputError, UnsupportedError
 from emloc_tools.files.adapter import Adapter
@@ -17,7 +14,6 @@ from emloc_tools.files.emulator import MANIFEST as EMULATOR
 from emloc_tools.files.exported import NOTE as EXPORT
 from emloc_tools.files.folders import require_folder
 from emloc_tools.models.base import weight_name
-from emloc_tools.models.source import first_line
 from emloc_tools.records import Layer
 
 KINDS = {
@@ -88,15 +84,3 @@ def require_plain_lora(adapter: Adapter) -> None:
         raise UnsupportedError(
             f'{adapter.folder} was trained with bias="{bias}", which changes the biases of the base; use bias="none"'
         )
-
-
-@contextlib.contextmanager
-def blaming_inputs(model: nn.Module, inputs: Iterable[str]) -> Iterator[None]:
-    """Turn a model's complaint about its arguments into a message that says which arguments it was given."""
-    try:
-        yield
-    except (TypeError, ValueError) as error:
-        raise InputError(
-            f"{type(model).__name__} cannot run on the inputs {', '.join(inputs)}: {first_line(error)}; a .safetensors "
-            "file as --data can give any inputs"
-        ) from error

@@ -92,7 +92,7 @@ def adam(model: Any, losses: Sequence[Callable[[Any], torch.Tensor]], steps: int
             m[name] = 0.9 * m[name] + 0.1 * g
             v[name] = 0.95 * v[name] + 0.05 * g.square()
             unbiased = m[name] / (1 - 0.9 ** (step + 1)), v[name] / (1 - 0.95 ** (step + 1))
-            rate = rates["lora_A" if "lora_A" in name else "lora_B"] * (1 + math.cos(math.pi * step / steps)) / 2
+            rate = rates["lora_A" if "lora_A" in name else "lora_B"] * math.sin(math.pi * (step + 0.5) / steps)
             value.data -= rate * unbiased[0] / (unbiased[1].sqrt() + 1e-8)
     return seen
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,7 @@ def adapter(path: Path) -> Inspection:
     opened = open_adapter(path)
     try:
         digest = opened.hash
+        parameters = sum(math.prod(opened.tensors.spec(name).shape) for name in opened.tensors.names())
     finally:
         opened.close()
     manifest = opened.manifest
@@ -136,6 +138,7 @@ def adapter(path: Path) -> Inspection:
         "base": opened.config.get("base_model_name_or_path"),
         "lora_pairs": len(opened.loras),
         "other_tensors": len(opened.other_tensors),
+        "parameters": parameters,
     }
     if manifest is not None:
         facts |= {**of_base(manifest.base), "clamp": manifest.clamp, "made_by": manifest.made_by.command}

@@ -20,13 +20,17 @@ from emloc_tools.demo import train_lora
 from emloc_tools.files.emulator import Emulator
 from emloc_tools.linalg.allocate import adaptive_ranks
 from emloc_tools.stages import build_choices
+from emloc_tools.stages import refine as refinement
 from emloc_tools.stages.build_emulator import build_emulator
 from emloc_tools.stages.calibrate import calibrate
 from emloc_tools.stages.correct import correct
 from emloc_tools.stages.evaluate import evaluate
 from emloc_tools.stages.merge import merge
+from emloc_tools.stages.refine import refine
 
 LENGTH = 160  # tokens of a sample
+BATCH = 8  # samples of a training step
+LARGE_BATCH = 4  # of the learning rates 1, 2, 4 and 8 times the bed's, the best for batches of 64 samples
 RATIOS = (0.1, 0.25, 0.5)
 SAMPLES = 64  # for calibration
 # What `build_emulator` is asked for. The first four are options of ours, the last two show each half of "gradient".
@@ -46,10 +50,14 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 }
 # What can be done with the LoRA of an emulator, beside the correction with its usual clamp.
 USES = {"uses of paper": "paper", "uses of gradient": "gradient"}
+# Corrected LoRAs that are trained some more on the base itself.
+REFINED = {"refined paper": "paper", "refined gradient": "gradient"}
+REFINEMENTS = (2, 4, 8)  # steps
+ALONE = "steps on the base alone"  # controls: what the base gives without an emulator
 STAND_INS = ("layers dropped", "magnitudes pruned", "smaller model")
 CLAMPS = {"clamp 1": 1.0, "no clamp": None}
 INTERPOLATIONS = (0.25, 0.5)
-KINDS = (*EMULATORS, *ABLATIONS, *USES, *STAND_INS)
+KINDS = (*EMULATORS, *ABLATIONS, *USES, *REFINED, ALONE, *STAND_INS)
 
 
 @dataclass(frozen=True)
@@ -72,8 +80,10 @@ class Cell:
 def cells(base: str, bed: str, seed: int, kinds: tuple[str, ...], ratios: tuple[float, ...]) -> Iterator[Cell]:
     """All cells of a group, in an order in which later ones find what they need of earlier ones."""
     yield Cell(base, bed, seed, "base", None)
+    if ALONE in kinds:
+        yield Cell(base, bed, seed, ALONE, None)
     for ratio in ratios:
-        for kind in kinds:
+        for kind in (kind for kind in kinds if kind != ALONE):
             if kind != "smaller model" or base == "shipped":  # a quarter of an hour of training for each
                 yield Cell(base, bed, seed, kind, ratio)
 
@@ -92,6 +102,10 @@ class Group:
         if cell.kind == "base":
             adapter = self._trained(self._base, "lora-on-base")
             return self._scores({"LoRA on the base": adapter}, zero=True)
+        if cell.kind == ALONE:
+            return self._alone()
+        if cell.kind in REFINED:
+            return self._refined(cell)
         if cell.kind == "smaller model":
             return self._of_smaller_model(cell)
         if cell.kind in STAND_INS:
@@ -139,6 +153,37 @@ class Group:
         shutil.rmtree(lora)
         return scores
 
+    def _refined(self, cell: Cell) -> list[dict[str, Any]]:
+        """One emulator and LoRA, corrected, and refined by several numbers of steps."""
+        emulator, lora, corrected = (self._work / f"{cell.name}-{part}" for part in ("emulator", "lora", "corrected"))
+        self._build(cell, emulator)
+        self._trained(emulator, lora.name, trust=True)
+        correct(emulator=emulator, adapter=lora, base=str(self._base), output=corrected, overwrite=True)
+        adapters = {}
+        before: dict[str, Any] = {"base": str(self._base), "adapter": corrected, "data": self._train, "overwrite": True}
+        reading: dict[str, Any] = {"max_length": LENGTH, "batch_size": BATCH, "seed": self._seed, "dtype": "float32"}
+        for steps in REFINEMENTS:
+            adapters[f"{steps} steps"] = self._work / f"{cell.name}-{steps}"
+            refine(steps=steps, output=adapters[f"{steps} steps"], **before, **reading)
+        scores = self._scores(adapters)
+        for folder in (lora, corrected, *adapters.values()):
+            shutil.rmtree(folder)
+        return scores
+
+    def _alone(self) -> list[dict[str, Any]]:
+        """LoRAs that saw the base alone: with as many samples as a refined one, and with its last steps only."""
+        steps, samples = REFINEMENTS[-1], refinement.SAMPLES
+        small = {"--steps": self._steps + steps * samples // BATCH}
+        large = {"--steps": steps, "--batch-size": samples, "--learning-rate": self._bed.learning_rate * LARGE_BATCH}
+        adapters = {
+            "as many samples": self._trained(self._base, "many", options=small),
+            f"{steps} large batches alone": self._trained(self._base, "large", options=large),
+        }
+        scores = self._scores(adapters)
+        for folder in adapters.values():
+            shutil.rmtree(folder)
+        return scores
+
     def _of_smaller_model(self, cell: Cell) -> list[dict[str, Any]]:
         """A model of the stand-in's size, trained on the base's own text, is used as it is: nothing is moved over."""
         assert cell.ratio is not None
@@ -171,7 +216,7 @@ class Group:
         return scores
 
     def _build(self, cell: Cell, emulator: Path) -> None:
-        options = dict({**EMULATORS, **ABLATIONS}[USES.get(cell.kind, cell.kind)])
+        options = dict({**EMULATORS, **ABLATIONS}[{**USES, **REFINED}.get(cell.kind, cell.kind)])
         floor = options.pop("floor", None)
         calibration = options.pop("calibration", self._calibration())
         other = options.pop("ranks of", None)
@@ -206,11 +251,19 @@ class Group:
             )
         return folder
 
-    def _trained(self, model: Path, name: str, *, trust: bool = False) -> Path:
+    def _trained(
+        self, model: Path, name: str, *, trust: bool = False, options: Mapping[str, float] | None = None
+    ) -> Path:
         output = self._work / name
         shutil.rmtree(output, ignore_errors=True)
         arguments = ["--model", model, "--data", self._train, "--output", output, "--max-length", LENGTH]
-        arguments += ["--steps", self._steps, "--learning-rate", self._bed.learning_rate, "--seed", self._seed]
+        own = {
+            "--steps": self._steps,
+            "--learning-rate": self._bed.learning_rate,
+            "--batch-size": BATCH,
+            **(options or {}),
+        }
+        arguments += ["--seed", self._seed, *(part for option in own.items() for part in option)]
         train_lora.main([*map(str, arguments), *(["--trust-remote-code"] if trust else [])])
         return output
 

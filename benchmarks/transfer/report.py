@@ -79,6 +79,7 @@ def text(figures: Mapping[str, Any], table: Mapping[Key, Mapping[str, Any]]) -> 
         lines += [f"### Base {base}, bed {bed}", "", *_stand_ins(own), ""]
     lines += _across_beds("Ablations of the gradient weighting", "stand-in", _ablations(table))
     lines += _across_beds("Other uses of the same LoRA", "LoRA of, use", _uses(table))
+    lines += _across_beds("Refined on the base", "LoRA of, steps", _refined(table))
     return "\n".join([*lines, record.sentence(figures)]) + "\n"
 
 
@@ -122,6 +123,19 @@ def _uses(table: Mapping[Key, Mapping[str, Any]]) -> Columns:
     for (base, bed, ratio, kind, variant), value in table.items():
         if kind in cells.USES and ratio is not None:
             of = cells.USES[kind]
+            columns[base, ratio, f"{of}, corrected"][bed] = table[base, bed, ratio, of, "corrected"]
+            columns[base, ratio, f"{of}, {variant}"][bed] = value
+    return columns
+
+
+def _refined(table: Mapping[Key, Mapping[str, Any]]) -> Columns:
+    """LoRAs that were trained some more on the base, with the correction as it is; and those of the base alone."""
+    columns: Columns = defaultdict(dict)
+    for (base, bed, ratio, kind, variant), value in table.items():
+        if kind == cells.ALONE:
+            columns[base, 1.0, f"the base, {variant}"][bed] = value
+        if kind in cells.REFINED and ratio is not None:
+            of = cells.REFINED[kind]
             columns[base, ratio, f"{of}, corrected"][bed] = table[base, bed, ratio, of, "corrected"]
             columns[base, ratio, f"{of}, {variant}"][bed] = value
     return columns

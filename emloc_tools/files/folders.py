@@ -24,7 +24,10 @@ WEIGHTS = tuple(
 )
 MODEL = (*WEIGHTS, "README.md", *COMPANIONS)
 EMULATOR = (*MODEL, "modeling_*.py", "__pycache__/*.pyc")  # loading may leave the last beside the code
-ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors", "emloc.json")
+ADAPTER = (
+    *("adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors"),
+    *("emloc.json", "emloc-verify.json"),
+)
 DEMO = (
     *("results.json", "commands.sh", "train_lora.py", "data/README.md", "data/*.jsonl"),
     *(f"base/{name}" for name in MODEL),
@@ -34,13 +37,14 @@ DEMO = (
     *(f"corrected-*/{name}" for name in ADAPTER),
 )
 
-# Which files mark a folder as one of ours, and what such a folder may hold. An adapter without emloc.json is somebody's
-# training, not ours.
+# Which files mark a folder as one of ours, and what such a folder may hold. An adapter with neither of emloc.json
+# and emloc-verify.json is somebody's training, not ours.
 KINDS = {
     frozenset({"inputs.safetensors"}): ("inputs.safetensors",),
     frozenset({"calibration.json"}): CALIBRATION,
     frozenset({"emulator.json"}): EMULATOR,
     frozenset({"emloc.json"}): ADAPTER,
+    frozenset({"emloc-verify.json"}): ADAPTER,
     frozenset({"emloc-merge.json"}): (*MODEL, "*.py", "__pycache__/*.pyc"),
     frozenset({"emloc-head.json"}): MODEL,
     frozenset({"emloc-export.json"}): MODEL,

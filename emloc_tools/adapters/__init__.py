@@ -1,0 +1,1 @@
+"""What the tensors of an adapter mean on a base, and to the programs that serve it."""

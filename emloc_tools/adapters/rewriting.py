@@ -1,0 +1,76 @@
+"""What `verify` changes of an adapter: the names that its configuration uses, and the scalings of its pairs."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from emloc_tools.errors import NumericalError
+from emloc_tools.files.adapter import LoraKeys
+from emloc_tools.files.adapter_renamed import RenamedAdapter
+
+
+def patterns_by_new_names(adapter: RenamedAdapter) -> dict[str, Any]:
+    """The fields of ranks and alphas for a renamed adapter; empty if those that it has mean the same as before."""
+    pairs = {**adapter.loras, **adapter.embeddings}
+    if all(adapter.means_the_same(module) for module in pairs):
+        return {}
+    ranks = {module: keys.rank for module, keys in pairs.items() if keys.rank != adapter.config.get("r")}
+    alphas = {module: _alpha(adapter, keys) for module, keys in pairs.items()}
+    others = {module: alpha for module, alpha in alphas.items() if alpha != adapter.config.get("lora_alpha")}
+    return {"rank_pattern": _exactly(ranks), "alpha_pattern": _exactly(others)}
+
+
+def targets_by_name(adapter: RenamedAdapter) -> dict[str, Any]:
+    """The fields that make PEFT adapt exactly the modules that the adapter has pairs of."""
+    fields = ("exclude_modules", "layers_to_transform", "layers_pattern")
+    return {
+        "target_modules": sorted({**adapter.loras, **adapter.embeddings}),
+        **{field: None for field in fields if adapter.config.get(field) is not None},
+    }
+
+
+def one_alpha(adapter: RenamedAdapter) -> tuple[dict[str, Any], dict[str, float]]:
+    """Fields by which every pair's scaling is `lora_alpha / rank`, and by module what B is to be multiplied by.
+
+    The alpha is the one that leaves most pairs as they are. Pairs of factor 1 are left out.
+    """
+    pairs = {**adapter.loras, **adapter.embeddings}
+    wanted = {module: _integral(keys.scaling * keys.rank) for module, keys in pairs.items()}
+    alpha = Counter(wanted.values()).most_common(1)[0][0]
+    factors = {module: keys.scaling / (alpha / keys.rank) for module, keys in pairs.items() if wanted[module] != alpha}
+    fields = {"lora_alpha": alpha, "use_rslora": False, "alpha_pattern": {}}
+    return {field: value for field, value in fields.items() if adapter.config.get(field) or value}, factors
+
+
+def folded(adapter: RenamedAdapter, factors: Mapping[str, float]) -> dict[str, torch.Tensor]:
+    """Every B that is multiplied, by its name: computed in float32 and rounded once to the dtype that it has."""
+    pairs = {**adapter.loras, **adapter.embeddings}
+    tensors = {}
+    for module, factor in factors.items():
+        B = adapter.read(pairs[module].B)
+        scaled = (B.float() * factor).to(B.dtype)
+        if not torch.isfinite(scaled).all():
+            raise NumericalError(
+                f"{pairs[module].B}: times {factor:.6g} it exceeds {B.dtype}; save the LoRA in float32"
+            )
+        tensors[pairs[module].B] = scaled
+    return tensors
+
+
+def _alpha(adapter: RenamedAdapter, keys: LoraKeys) -> float:
+    return _integral(keys.scaling * (math.sqrt(keys.rank) if adapter.config.get("use_rslora") else keys.rank))
+
+
+def _integral(value: float) -> float:
+    """A whole number as one: rank and scaling were divided and multiplied again."""
+    return round(value) if math.isclose(value, round(value), rel_tol=1e-12) else value
+
+
+def _exactly(values: Mapping[str, float]) -> dict[str, float]:
+    return {f"^{re.escape(module)}": value for module, value in values.items()}

@@ -48,9 +48,11 @@ ROOMS: dict[str, set[str]] = {
         "wording",
         "emloc_tools",
     },
+    "adapters": {"torch", "transformers", "peft", "models", "files", "errors", "records"},
     # Its programs run where nothing of emloc-tools is installed.
     "trainers": {"torch", "peft", "transformers", "accelerate"},
     "stages": {
+        "adapters",
         "trainers",
         "torch",
         "peft",

@@ -29,6 +29,7 @@ from emloc_tools.cli.refine import refine
 from emloc_tools.cli.report import report
 from emloc_tools.cli.trainer_config import trainer_config
 from emloc_tools.cli.truncate import truncate
+from emloc_tools.cli.verify import verify
 from emloc_tools.errors import EmlocError
 
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
@@ -106,7 +107,7 @@ def main() -> None:
 
 COMMANDS = (
     *(plan, fit_head, record_inputs, calibrate, merge_calibration, build_emulator, truncate, export, trainer_config),
-    *(correct, refine, merge, evaluate, inspect, report, demo),
+    *(correct, refine, verify, merge, evaluate, inspect, report, demo),
 )
 for command in COMMANDS:
     main.add_command(command)

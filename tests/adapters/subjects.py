@@ -41,7 +41,7 @@ def train(model: Any, base: Path, folder: Path, *, seed: int = 0, **options: Any
     settings = {"r": 4, "lora_alpha": 6, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **options}
     torch.manual_seed(seed)
     trained = peft.get_peft_model(fresh(model, base), peft.LoraConfig(**settings))
-    for name, parameter in trained.named_parameters():
+    for parameter in trained.parameters():
         if parameter.requires_grad:
             parameter.data += 0.1 * torch.randn_like(parameter)
     with warnings.catch_warnings():

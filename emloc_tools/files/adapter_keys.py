@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # torch.compile, FSDP, checkpointing
 LEADING = ("base_model.model", "base_model", "module")  # of PEFT, of half of it, of DataParallel; also several times
-PAIR = ("lora_A.weight", "lora_B.weight")
 EMBEDDING = ("lora_embedding_A", "lora_embedding_B")
+MAGNITUDE = "lora_magnitude_vector"
 # PEFT's modules hold one LoRA for each name of an adapter, and leave the name out of the files that they save.
 _LORA = re.compile(
     r"(?P<path>.+)\.(?P<kind>lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector)"
@@ -55,7 +55,8 @@ def parse_key(name: str) -> Key:
     """Take a tensor's name apart."""
     name = ".".join(part for part in name.split(".") if part not in WRAPPERS)
     if match := _LORA.fullmatch(name):
-        return Key(match["path"], f"{match['kind']}{match['end'] or ''}", match["adapter"])
+        end = "" if match["kind"] == MAGNITUDE else match["end"] or ""  # PEFT leaves it out when it saves
+        return Key(match["path"], match["kind"] + end, match["adapter"])
     for pattern in (_SAVED, _TOKENS):
         if match := pattern.fullmatch(name):
             return Key(match["path"], match["part"], match["adapter"])

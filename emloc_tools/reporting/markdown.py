@@ -29,7 +29,7 @@ def _lines(report: Report, title: str) -> Iterator[str]:
         for node in nodes:
             yield f"  - **{_escape(node.name)}**: {_escape(node.summary)}"
             for origin in node.origins:
-                yield f"    - from {_escape(origin.kind)} {_escape(origin.name)} ({origin.proof})"
+                yield f"    - {_escape(origin.kind)}: {_escape(origin.name)} ({origin.proof})"
     for section in sections(report):
         yield f"\n## {_escape(section.title)}\n"
         yield from (f"{_escape(sentence)}\n" for sentence in section.text)

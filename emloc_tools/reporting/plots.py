@@ -80,9 +80,15 @@ def _cell(axes: Axes, column: int, row: int, text: str, shade: float | None) -> 
         axes.add_patch(Rectangle(corner, 1, 1, facecolor="none", edgecolor=LINE, hatch="////", linewidth=0.5))
         return
     color = mpl.colormaps["cividis"](min(max(shade, 0.0), 1.0))
-    bright = 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2] > 0.5
     axes.add_patch(Rectangle(corner, 1, 1, facecolor=color, edgecolor=PAPER, linewidth=1))
-    axes.text(column, row, text, ha="center", va="center", color="#000000" if bright else "#ffffff", fontsize=11)
+    axes.text(column, row, text, ha="center", va="center", color=_on(color), fontsize=11)
+
+
+def _on(color: Sequence[float]) -> str:
+    """Black or white, whichever contrasts more with a colour: at least 4.58 to 1, by the WCAG's luminance."""
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in color[:3]]
+    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    return "#000000" if (luminance + 0.05) ** 2 > 1.05 * 0.05 else "#ffffff"
 
 
 def spectra_plot(grid: Grid, spectra: Mapping[str, Spectrum]) -> Figure:

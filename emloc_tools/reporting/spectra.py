@@ -55,7 +55,7 @@ def _spectrum(
     S = emulator.read(factor_names(name, stack=name in emulator.stacks)[1]).double().reshape(-1, rank)
     floored = max(matrix.floored for matrix in matrices)
     energies = (S[:, : rank - floored] ** 2).sum(0) / total
-    chosen = _spread(energies.numel())
+    chosen = spread(energies.numel())
     yield Spectrum(
         layer=name,
         rank=rank,
@@ -67,7 +67,7 @@ def _spectrum(
     )
 
 
-def _spread(count: int) -> list[int]:
+def spread(count: int) -> list[int]:
     """Up to `POINTS` of the numbers 0 … count − 1: all at the start, ever fewer later, the last one always."""
     if count <= POINTS:
         return list(range(count))

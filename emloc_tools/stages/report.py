@@ -6,13 +6,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import emloc_tools
 from emloc_tools.errors import InputError
 from emloc_tools.files.single import check_file, write_file
 from emloc_tools.records import Progress, silent
-from emloc_tools.reporting.collecting import Report, collect
+from emloc_tools.reporting.collecting import collect
 from emloc_tools.reporting.markdown import markdown
 from emloc_tools.reporting.page import page
 from emloc_tools.wording import plain
@@ -58,28 +57,9 @@ def report(
         case "md":
             text = markdown(found, title=title)
         case "json":
-            text = json.dumps(as_json(found), indent=2, allow_nan=False) + "\n"
+            text = json.dumps(plain(found), indent=2, allow_nan=False) + "\n"
     # Names of files that are no UTF-8 cannot be written as such.
     text = text.encode("utf-8", "replace").decode("utf-8")
     write_file(output, text)
     counts = (len(found.subjects), len(found.losses), len(found.plans))
     return WrittenReport(output, form, *counts, len(text.encode()))
-
-
-def as_json(found: Report) -> dict[str, Any]:
-    """A report as JSON values; `formats/json/report.schema.json` says what each is."""
-    return {
-        "emloc_tools": emloc_tools.__version__,
-        "folders": [
-            {
-                "name": each.name,
-                **plain(each.inspection),
-                "stored_bytes": each.stored_bytes,
-                "spectra": plain(each.spectra),
-            }
-            for each in found.subjects
-        ],
-        "links": plain(found.links),
-        "losses": plain(found.losses),
-        "plans": {name: plan.model_dump(mode="json") for name, plan in found.plans.items()},
-    }

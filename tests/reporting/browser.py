@@ -1,4 +1,4 @@
-"""A headless Chromium, driven through its own protocol over a pipe: pages, keys, screenshots, and all it complains of."""
+"""A headless Chromium, driven by its own protocol over a pipe: pages, keys, screenshots, and what it complains of."""
 
 from __future__ import annotations
 
@@ -46,9 +46,10 @@ class Page:
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
-        self.call("Page.navigate", url=path.as_uri())
-        while self.run("document.readyState") != "complete":
-            pass
+        for url in ("about:blank", path.as_uri()):  # nothing of a page before, such as where it was scrolled to
+            self.call("Page.navigate", url=url)
+            while self.run("document.readyState") != "complete":
+                pass
 
     def run(self, expression: str) -> Any:
         """The value of JavaScript. An exception in it is raised here."""

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from emloc_tools.data.batches import Batch
+from emloc_tools.streaming.layouts import Layouts
 from emloc_tools.streaming.stream import LockStep
 
 IGNORED = -100  # the label of a position that is no target
@@ -21,7 +22,8 @@ class Padding:
     The mask of a batch tells the tokens that go into the model. In a model with an encoder and a decoder these are the
     encoder's. There the mask holds for the encoder's layers, and for those of the decoder that read the encoder's
     result. The decoder's own tokens are real as `decoder_attention_mask` says, or else up to the last label. Towers for
-    images and sound know no padding of tokens, whatever shape their rows have.
+    images and sound know no padding of tokens, whatever shape their rows have. A mask has the layout of what the layer
+    reads (see `layouts`).
 
     Made before the batches of `stream` run, since what the encoder gives is told by watching it.
     """
@@ -30,6 +32,7 @@ class Padding:
         self._stream = stream
         self._masks = [batch.mask for batch in batches]
         self._decoder_masks = [_decoder_mask(batch.inputs) for batch in batches]
+        self._layouts = Layouts(stream.model, [batch.inputs for batch in batches])
         self._encoded: dict[int, torch.Tensor] = {}  # by batch, what the encoder gave
         self._reads_encoder: set[str] = set()
         self._towers: tuple[str, ...] = ()
@@ -53,11 +56,13 @@ class Padding:
         """
         if layer.startswith(self._towers):
             return None
-        if not self._encoder or layer.startswith(self._encoder):
-            return self._masks[batch]
-        if x is not None and _same(x, self._encoded.get(batch)):
-            self._reads_encoder.add(layer)
-        return self._masks[batch] if layer in self._reads_encoder else self._decoder_masks[batch]
+        mask = self._masks[batch]
+        if self._encoder and not layer.startswith(self._encoder):
+            if x is not None and _same(x, self._encoded.get(batch)):
+                self._reads_encoder.add(layer)
+            if layer not in self._reads_encoder:
+                mask, x = self._decoder_masks[batch], None  # the decoder's own tokens are never filled up
+        return self._layouts.of(batch, layer, mask, x)
 
     def close(self) -> None:
         """Stop watching the encoder, and forget what it gave."""

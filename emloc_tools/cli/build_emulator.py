@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from emloc_tools.cli import options
+from emloc_tools.cli import help, options
 
 if TYPE_CHECKING:
     from emloc_tools.records import Allocation, Weighting
@@ -20,7 +20,7 @@ EXAMPLE = """Example:
 """
 
 
-@click.command(name="build-emulator", epilog=EXAMPLE)
+@help.command(name="build-emulator", epilog=EXAMPLE)
 @options.base_options(required=False)
 @click.option(
     "--from-plan",

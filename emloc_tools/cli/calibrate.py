@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from emloc_tools.cli import options
+from emloc_tools.cli import help, options
 
 EXAMPLE = """Example:
 
@@ -17,7 +17,7 @@ EXAMPLE = """Example:
 """
 
 
-@click.command(epilog=EXAMPLE)
+@help.command(epilog=EXAMPLE)
 @options.base_options()
 @options.data_options(samples=64)
 @options.layer_options

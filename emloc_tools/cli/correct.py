@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from emloc_tools.cli import options
+from emloc_tools.cli import help, options
 from emloc_tools.errors import EmlocError
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ Choose by the loss on samples that the LoRA was not trained on:
 """
 
 
-@click.command(epilog=EXAMPLE)
+@help.command(epilog=EXAMPLE)
 @click.option("--emulator", type=options.FOLDER, required=True, help="The emulator that the LoRA was trained on.")
 @click.option("--adapter", type=options.FOLDER, required=True, help="The trained LoRA, as PEFT or diffusers saves it.")
 @options.base_options()

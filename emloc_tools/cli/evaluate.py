@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from emloc_tools.cli import options
+from emloc_tools.cli import help, options
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,7 +23,7 @@ EXAMPLE = """Example:
 """
 
 
-@click.command(epilog=EXAMPLE)
+@help.command(epilog=EXAMPLE)
 @options.base_options(required=False)
 @click.option("--emulator", type=options.FOLDER, help="Evaluate this emulator, too.")
 @click.option("--adapter", "adapters", type=options.FOLDER, multiple=True, help="Also with this LoRA; may be repeated.")

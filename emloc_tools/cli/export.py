@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from emloc_tools.cli import options
+from emloc_tools.cli import help, options
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,7 +21,7 @@ EXAMPLE = """Example:
 """
 
 
-@click.command(epilog=EXAMPLE)
+@help.command(epilog=EXAMPLE)
 @click.option("--emulator", type=options.FOLDER, required=True, help="Folder from build-emulator.")
 @click.option("--to", type=click.Choice(["dense"]), required=True, help="dense: a plain model of the base's class.")
 @options.device_option("cpu")

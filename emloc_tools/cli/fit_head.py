@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from emloc_tools.cli import options
+from emloc_tools.cli import help, options
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,7 +23,7 @@ EXAMPLE = """Example:
 """
 
 
-@click.command("fit-head", epilog=EXAMPLE)
+@help.command("fit-head", epilog=EXAMPLE)
 @options.base_options()
 @options.data_options(samples=None)
 @click.option(

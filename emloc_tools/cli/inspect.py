@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from emloc_tools.cli import options
+from emloc_tools.cli import help, options
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -32,7 +32,7 @@ EXAMPLE = """Example:
 """
 
 
-@click.command(epilog=EXAMPLE)
+@help.command(epilog=EXAMPLE)
 @click.argument("path", type=options.FOLDER, metavar="FOLDER|BASE")
 @click.option("--revision", metavar="REV", help="Of a Hub id: branch, tag or commit.")
 @options.layer_options

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from emloc_tools.cli import options
+from emloc_tools.cli import help, options
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,7 +24,7 @@ EXAMPLE = """Examples:
 """
 
 
-@click.command(epilog=EXAMPLE)
+@help.command(epilog=EXAMPLE)
 @options.base_options()
 @click.option(
     "--adapter", type=options.FOLDER, required=True, help="LoRA for the base, as correct, PEFT or diffusers saves it."

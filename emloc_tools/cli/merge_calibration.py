@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from emloc_tools.cli import options
+from emloc_tools.cli import help, options
 
 EXAMPLE = """Example:
 
@@ -16,7 +16,7 @@ EXAMPLE = """Example:
 """
 
 
-@click.command(name="merge-calibration", epilog=EXAMPLE)
+@help.command(name="merge-calibration", epilog=EXAMPLE)
 @click.argument("parts", nargs=-1, required=True, type=options.FOLDER, metavar="CALIBRATION...")
 @options.shard_option
 @options.output_options

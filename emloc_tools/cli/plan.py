@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from emloc_tools.cli import options
+from emloc_tools.cli import help, options
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -46,7 +46,7 @@ def _names(ctx: click.Context, param: click.Parameter, value: str | None) -> lis
 _positive = click.IntRange(min=1)
 
 
-@click.command(epilog=EXAMPLE)
+@help.command(epilog=EXAMPLE)
 @options.base_options()
 @click.option("--memory", type=options.BYTES, required=True, help="Memory of the device to train on, such as 24GiB.")
 @click.option("--reserve", type=options.BYTES, help="Part of it to leave for CUDA's own needs.  [default: 5%]")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from emloc_tools.cli import options
+from emloc_tools.cli import help, options
 
 if TYPE_CHECKING:
     from emloc_tools.stages.record_inputs import Offload
@@ -35,7 +35,7 @@ def _assignments(ctx: click.Context, param: click.Parameter, values: tuple[str, 
     return arguments or None
 
 
-@click.command(name="record-inputs", epilog=EXAMPLE)
+@help.command(name="record-inputs", epilog=EXAMPLE)
 @options.base_options()
 @click.option("--prompts", type=options.FILE, required=True, help="Text with a prompt per line, or JSONL with prompt.")
 @click.option("--keep", type=click.IntRange(min=1), default=4, show_default=True, help="Timesteps to keep per prompt.")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from emloc_tools.cli import options
+from emloc_tools.cli import help, options
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -22,7 +22,7 @@ EXAMPLE = """Example:
 """
 
 
-@click.command(epilog=EXAMPLE)
+@help.command(epilog=EXAMPLE)
 @click.option("--adapter", type=options.FOLDER, required=True, help="The LoRA, as correct or refine wrote it.")
 @options.base_options()
 @options.data_option

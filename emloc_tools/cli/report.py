@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from emloc_tools.cli import options
+from emloc_tools.cli import help, options
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -22,7 +22,7 @@ EXAMPLE = """Examples:
 """
 
 
-@click.command(epilog=EXAMPLE)
+@help.command(epilog=EXAMPLE)
 @click.argument("paths", nargs=-1, required=True, type=options.FOLDER, metavar="PATH...")
 @click.option("--output", type=options.FILE, required=True, help="File to write.")
 @click.option(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from emloc_tools.cli import options
+from emloc_tools.cli import help, options
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,7 +26,7 @@ EXAMPLE = """Examples:
 POSITIVE = click.IntRange(min=1)
 
 
-@click.command("trainer-config", epilog=EXAMPLE)
+@help.command("trainer-config", epilog=EXAMPLE)
 @click.option("--trainer", type=click.Choice(TRAINERS), required=True, help="Whose configuration to write.")
 @click.option("--emulator", type=options.FOLDER, required=True, help="Folder from build-emulator.")
 @click.option("--data", type=options.FILE, required=True, help="JSONL with text, messages, or prompt and completion.")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from emloc_tools.cli import options
+from emloc_tools.cli import help, options
 
 EXAMPLE = """Example:
 
@@ -15,7 +15,7 @@ EXAMPLE = """Example:
 """
 
 
-@click.command(epilog=EXAMPLE)
+@help.command(epilog=EXAMPLE)
 @click.option("--emulator", type=options.FOLDER, required=True, help="Folder from build-emulator.")
 @options.size_options
 @options.shard_option

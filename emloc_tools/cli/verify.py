@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from emloc_tools.cli import options
+from emloc_tools.cli import help, options
 from emloc_tools.errors import EmlocError
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ EXAMPLE = """Examples:
 """
 
 
-@click.command(epilog=EXAMPLE)
+@help.command(epilog=EXAMPLE)
 @click.option("--adapter", type=options.FOLDER, required=True, help="LoRA in the files of PEFT or diffusers.")
 @options.base_options()
 @click.option("--emulator", type=options.FOLDER, help="What the LoRA was trained on, or corrected with.")

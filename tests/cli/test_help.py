@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import click
 import pytest
 
 from emloc_tools.cli import main
+from emloc_tools.cli.help import COLUMN, GROUP_OF, GROUPS, LAST
 from tests.cli.conftest import Invoke
 
 COMMANDS = list(main.commands)
@@ -116,3 +118,27 @@ def test_help_and_usage_errors_import_nothing_heavy(arguments: list[str]) -> Non
     imported = set(json.loads(finished.stdout.splitlines()[-1]))
     assert {"click", "emloc_tools"} <= imported
     assert not imported & HEAVY
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_is_in_the_group_of_its_kind_and_once(name: str, invoke: Invoke) -> None:
+    text = invoke(name, "--help", columns=100).stdout
+    found: dict[str, list[str]] = {}
+    for line in text.partition("Example")[0].splitlines():
+        if re.fullmatch(r"[A-Z][\w ]*:", line):
+            found[line[:-1]] = []
+        elif found and (match := re.match(r"  (--[\w-]+|-h)\b", line)):
+            found[list(found)[-1]].append(match[1])
+    assert list(found) == [group for group in GROUPS if group in found]  # everywhere in the same order
+    shown = [option for options in found.values() for option in options]
+    assert sorted(shown) == sorted(["-h", *(option.opts[0] for option in options_of(name))])
+    assert found[LAST][-3:] == ["--json", "--quiet", "-h"]
+    for option in ("--base", "--revision", "--trust-remote-code"):
+        assert (option in shown) == (option in found.get("Base", []))
+    beginnings = {match.end() for line in text.splitlines() if (match := re.match(r"  -.{1,24}?  +(?=\S)", line))}
+    assert beginnings == {2 + COLUMN + 2}  # all texts begin in one column
+
+
+def test_groups_name_only_options_that_some_command_has() -> None:
+    names = {parameter.name for command in main.commands.values() for parameter in command.params}
+    assert set(GROUP_OF) <= names

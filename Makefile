@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TORCH := $(shell grep '^torch==' constraints.txt)
 OUTPUT ?= demo-run
 
-.PHONY: help demo test test-trainers lint format docs architectures bench clean
+.PHONY: help demo test test-browser test-trainers lint format docs architectures bench clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -15,7 +15,11 @@ demo: $(VENV)/.installed ## Run the whole method on this machine (a few minutes)
 
 test: $(VENV)/.developer lint ## Check everything that CI checks
 	$(BIN)/python -m tests.external.environments
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs --numprocesses 2
+
+# A browser comes with the operating system. On Debian: apt-get install chromium-headless-shell
+test-browser: $(VENV)/.developer ## Check the report in a headless Chromium (EMLOC_BROWSER, or one on the path), which make test does where one is
+	EMLOC_BROWSER_TESTS=required OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/reporting/test_browser.py
 
 test-trainers: $(VENV)/.developer ## Train by every trainer, and write the table of docs/trainers.md (a minute or two)
 	$(BIN)/python -m tests.external.environments
@@ -33,6 +37,7 @@ format: $(VENV)/.developer ## Put the code into the project's style
 docs: $(VENV)/.developer ## Write what is generated: command reference, recorded results, schemas
 	$(BIN)/python -m docs.generate
 	$(BIN)/python -m formats.make_schemas
+	$(BIN)/python -m formats.make_json_schemas
 	$(BIN)/python -m formats.make_plan_golden
 
 architectures: $(VENV)/.developer ## Measure again what docs/architectures.md says of every family of models (two minutes)

@@ -35,10 +35,16 @@ Written by `make docs` from the commands themselves. `emloc-tools COMMAND --help
 - An output is a folder, but for the files of `trainer-config`. It appears under its name only when it is
   complete. An existing one is refused unless `--overwrite` is given. That replaces a folder that emloc-tools
   wrote, but not one that also holds a file or sub-folder of a name that emloc-tools does not write there.
-- Results go to stdout, progress and errors to stderr. `--json` prints one JSON object, `--quiet` nothing.
+- Results go to stdout, progress, warnings and errors to stderr. `--json` prints one JSON object, of which every command
+  has [a schema](../formats/json/README.md); `--quiet` prints nothing.
 - Exit status: 0 done, 1 an error with one line that says what to do, 2 wrong usage, 130 interrupted, 143
   terminated.
 - Sizes take units of base 10 (`GB`) and base 2 (`GiB`); counts of parameters take `K`, `M`, `B` and `T`.
+- Colours are shown on a terminal alone, and not where the environment variable `NO_COLOR` is set.
+- Shells complete commands, options and choices after one line in their start-up file. bash, in `~/.bashrc`:
+  `eval "$(_EMLOC_TOOLS_COMPLETE=bash_source emloc-tools)"`; zsh, in `~/.zshrc`:
+  `eval "$(_EMLOC_TOOLS_COMPLETE=zsh_source emloc-tools)"`; fish, in `~/.config/fish/completions/emloc-tools.fish`:
+  `_EMLOC_TOOLS_COMPLETE=fish_source emloc-tools | source`.
 """
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from emloc_tools.cli import options
+from emloc_tools.cli import help, options
 
 EXAMPLE = """Examples:
 
@@ -16,7 +16,7 @@ EXAMPLE = """Examples:
 """
 
 
-@click.command(epilog=EXAMPLE, short_help="Run the whole method on this machine and compare.")
+@help.command(epilog=EXAMPLE, short_help="Run the whole method on this machine and compare.")
 @click.option("--base", metavar="BASE", help="A causal language model.  [default: the small one that is shipped]")
 @click.option("--data", type=options.FILE, help="JSONL of your task; a tenth is held out.  [default: C headers]")
 @click.option("--trust-remote-code", is_flag=True, help="Run Python code from the base's folder. Off by default.")
@@ -43,6 +43,13 @@ EXAMPLE = """Examples:
     show_default=True,
     help="Also train on the base itself, in memory for all of it.",
 )
+@click.option(
+    "--refine-steps",
+    type=click.IntRange(min=0),
+    default=8,
+    show_default=True,
+    help="Steps on the base for the LoRA of the smallest emulator.",
+)
 @options.output_options
 @options.report_options
 def demo(
@@ -53,12 +60,13 @@ def demo(
     steps: int,
     learning_rate: float | None,
     upper_bound: bool,
+    refine_steps: int,
     output: Path,
     overwrite: bool,
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Run the whole method on this machine: calibrate, build, train, correct, compare.
+    """Run the whole method on this machine: calibrate, build, train, correct, refine, compare.
 
     Every stage runs in a process of its own and leaves its files in the output folder, as if on separate machines.
     Needs no download unless --base is on the Hub. The trainer is a plain script of transformers and PEFT.
@@ -76,6 +84,7 @@ def demo(
             steps=steps,
             learning_rate=learning_rate,
             upper_bound=upper_bound,
+            refinement=refine_steps,
             output=output,
             overwrite=overwrite,
             progress=progress,

@@ -68,8 +68,8 @@ def training_rows(result: DemoResult) -> list[dict[str, str]]:
 
 
 def in_order(result: DemoResult) -> list[Score]:
-    """Base, upper bound, then each ratio from the emulator itself to the corrected LoRA."""
-    place = {"none": 0, "trained on the base": 1, "uncorrected": 3, "corrected": 4}
+    """Base, upper bound, then each ratio from the emulator itself to the corrected LoRA, or the refined one."""
+    place = {"none": 0, "trained on the base": 1, "uncorrected": 3, "corrected": 4, "refined": 5}
 
     def key(score: Score) -> tuple[float, int]:
         step = place[score.adapter] - (0 if score.model == "base" else 1)
@@ -137,3 +137,7 @@ def _of_ratio(result: DemoResult, ratio: float, bottom: float, top: float | None
         yield f"  Of that, the correction brought {change:.3f} ({raw:.3f} before it)."
     else:
         yield f"  Without the correction it would have been {-change:.3f} better ({raw:.3f})."
+    refined = result.loss("base", ratio, "refined")
+    if refined is not None:
+        part = "" if top is None or top >= bottom else f", {(bottom - refined) / (bottom - top):.0%} of that gain"
+        yield f"  Some steps on the base itself, which streamed by, took it to {refined:.3f}{part}."

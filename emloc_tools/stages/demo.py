@@ -27,6 +27,7 @@ from emloc_tools.stages.refusals import require_apart
 
 RATIOS = (0.25, 0.1)
 LENGTH = 256  # tokens of a sample, in every stage
+BATCH = 8  # samples that a refinement runs at a time, as the trainer does
 HELD_OUT_PART = 10  # one line in so many of the user's own data
 FEWEST_LINES = 20
 TRAINER = "train_lora.py"
@@ -39,7 +40,7 @@ class Score:
     """A model with an adapter on the held-out text: loss in nats per token, and the part of tokens predicted rightly.
 
     `model` is `base` or `emulator`, `ratio` the emulator's that the adapter was trained on, None where there is none;
-    `adapter` is `none`, `trained on the base`, `uncorrected` or `corrected`.
+    `adapter` is `none`, `trained on the base`, `uncorrected`, `corrected` or `refined`.
     """
 
     model: str
@@ -93,6 +94,7 @@ def demo(
     steps: int = 80,
     learning_rate: float | None = None,
     upper_bound: bool = True,
+    refinement: int = 8,
     trust_remote_code: bool = False,
     overwrite: bool = False,
     progress: Progress = silent,
@@ -101,7 +103,7 @@ def demo(
 
     Without `base` it is the small model shipped with the package and its data. `data` is JSONL of the user's task, of
     which a tenth is held out. `upper_bound` also trains a LoRA on the base itself, which needs memory for all of it.
-    Raises `InputError` for unusable options, and `EmlocError` with the message of a stage that failed.
+    The LoRA of the smallest emulator is refined by `refinement` steps on the base, if any. Raises `InputError` for unusable options, and `EmlocError` with the message of a stage that failed.
     """
     require_apart(output, [Path(path) for path in (base, data) if path is not None])
     check_output(output, overwrite=overwrite)
@@ -116,7 +118,7 @@ def demo(
     with new_folder(output, overwrite=overwrite) as folder:
         name = _prepare(folder, base, data)
         work = _Work(folder, name, settings, steps, trust_remote_code, progress)
-        scores, trainings = work.run(sorted(ratios, reverse=True), upper_bound)
+        scores, trainings = work.run(sorted(ratios, reverse=True), upper_bound, refinement)
         result = DemoResult(output, name, scores, trainings, work.commands, time.monotonic() - started)
         note = "# Every command of this run, in order. They run in this folder, once what they wrote is moved away."
         write_text(folder / "commands.sh", "\n".join([note, *work.commands]) + "\n")
@@ -140,7 +142,7 @@ class _Work:
         self._settings, self._trust = settings, ["--trust-remote-code"] if trust_remote_code else []
         self.commands: list[str] = []
 
-    def run(self, ratios: Sequence[float], upper_bound: bool) -> tuple[list[Score], list[Training]]:
+    def run(self, ratios: Sequence[float], upper_bound: bool, refinement: int) -> tuple[list[Score], list[Training]]:
         """All stages; the scores in the order of the table, and the trainings."""
         base = ["--base", self._base, *self._trust]
         precision = ["--dtype", str(self._settings["dtype"])]
@@ -161,6 +163,13 @@ class _Work:
             pair = ["--emulator", emulator, "--adapter", lora]
             self._stage(f"correct {ratio:g}", "correct", *pair, *base, "--output", corrected)
             transferred += ["--adapter", lora, "--adapter", corrected]
+        if refinement:
+            before, refined = f"corrected-{ratios[-1]:g}", f"refined-{ratios[-1]:g}"
+            steps = ["--steps", str(refinement), "--batch-size", str(BATCH), *precision]
+            self._stage(
+                f"refine {ratios[-1]:g}", "refine", *base, "--adapter", before, *data, *steps, "--output", refined
+            )
+            transferred += ["--adapter", refined]
         held_out = ["--data", "data/heldout.jsonl", *length, *precision]
         scores = self._evaluate("evaluate base", *base, *upper, *transferred, *held_out)
         for ratio in ratios:
@@ -196,7 +205,7 @@ class _Work:
         adapter = "none"
         if record["adapter"] is not None:
             kind, _, suffix = record["adapter"].rpartition("-")
-            adapter = {"lora-on": "trained on the base", "lora": "uncorrected", "corrected": "corrected"}[kind]
+            adapter = {"lora-on": "trained on the base", "lora": "uncorrected"}.get(kind, kind)
             ratio = None if kind == "lora-on" else float(suffix)
         figures = {key: record[key] for key in ("loss", "perplexity", "accuracy")}
         return Score(record["model"], ratio, adapter, **figures)

@@ -34,7 +34,7 @@ def test_the_commands_are_those_of_the_method_in_order(
     base: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trusted: bool
 ) -> None:
     commands = Commands(monkeypatch)
-    options = {"steps": 7, "learning_rate": 0.001, "trust_remote_code": trusted}
+    options = {"steps": 7, "learning_rate": 0.001, "refinement": 3, "trust_remote_code": trusted}
     result = demo(output=tmp_path / "out", base=base, data=data, ratios=[0.1, 0.5], **options)
     trust = ["--trust-remote-code"] if trusted else []
     of_base = ["--base", base, *trust]
@@ -58,13 +58,15 @@ def test_the_commands_are_those_of_the_method_in_order(
         ]
 
     gathered = ["--dtype", "auto", "--gradients", "--output", "calibration"]
-    adapters = ["lora-on-base", "lora-0.5", "corrected-0.5", "lora-0.1", "corrected-0.1"]
+    adapters = ["lora-on-base", "lora-0.5", "corrected-0.5", "lora-0.1", "corrected-0.1", "refined-0.1"]
+    steps = ["--steps", "3", "--batch-size", "8", "--dtype", "auto", "--output", "refined-0.1"]
     evaluated = [text for name in adapters for text in ("--adapter", name)]
     assert commands.lines == [
         trainer(base, "lora-on-base", *trust),
         ours("calibrate", *of_base, *train, *LENGTH, *gathered),
         *transfer("0.5"),
         *transfer("0.1"),
+        ours("refine", *of_base, "--adapter", "corrected-0.1", *train, *LENGTH, *steps),
         ours("evaluate", *of_base, *evaluated, *held_out),
         ours("evaluate", "--emulator", "emulator-0.5", "--adapter", "lora-0.5", *held_out),
         ours("evaluate", "--emulator", "emulator-0.1", "--adapter", "lora-0.1", *held_out),
@@ -89,6 +91,7 @@ def test_every_score_and_training_is_put_where_it_belongs(
         ("base", 0.5, "corrected"): 3,
         ("base", 0.1, "uncorrected"): 4,
         ("base", 0.1, "corrected"): 5,
+        ("base", 0.1, "refined"): 6,
         **{("emulator", ratio, name): n for ratio in (0.5, 0.1) for n, name in enumerate(("none", "uncorrected"))},
     }
     assert found == {key: (n, 10 + n, 20 + n) for key, n in numbers.items()}
@@ -104,7 +107,8 @@ def test_without_an_upper_bound_nothing_is_trained_on_the_base(
     base: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     commands = Commands(monkeypatch)
-    result = demo(output=tmp_path / "out", base=base, data=data, ratios=[0.5], upper_bound=False)
+    result = demo(output=tmp_path / "out", base=base, data=data, ratios=[0.5], upper_bound=False, refinement=0)
+    assert not any("refine" in line for line in commands.lines)
     assert [line[2] for line in commands.lines if line[0] == "train_lora.py"] == ["emulator-0.5"]
     assert result.loss("base", None, "trained on the base") is None
 

@@ -36,7 +36,7 @@ def test_a_real_run_leaves_files_that_give_its_figures(tmp_path: Path) -> None:
     pico.save_model(tmp_path / "base")
     data, out = pico.save_texts(tmp_path / "mine.jsonl", 20), tmp_path / "out"
     steps: list[Any] = []
-    options: dict[str, Any] = {"ratios": [0.5], "steps": 2, "upper_bound": False}
+    options: dict[str, Any] = {"ratios": [0.5], "steps": 2, "refinement": 2, "upper_bound": False}
     demo(output=out, base=str(tmp_path / "base"), data=data, progress=steps.append, **options)
     results = read_json(out / "results.json")
     samples = pico.token_ids(out / "data" / "heldout.jsonl", tmp_path / "base", pico.LLAMA["max_position_embeddings"])
@@ -50,6 +50,7 @@ def test_a_real_run_leaves_files_that_give_its_figures(tmp_path: Path) -> None:
         ("base", None, "none"): base(),
         ("base", 0.5, "uncorrected"): on(base(), out / "lora-0.5"),
         ("base", 0.5, "corrected"): on(base(), out / "corrected-0.5"),
+        ("base", 0.5, "refined"): on(base(), out / "refined-0.5"),
         ("emulator", 0.5, "none"): load_emulator(emulator).eval(),
         ("emulator", 0.5, "uncorrected"): on(load_emulator(emulator), out / "lora-0.5"),
     }
@@ -75,7 +76,7 @@ def test_a_real_run_leaves_files_that_give_its_figures(tmp_path: Path) -> None:
     assert read_json(out / "calibration" / "calibration.json")["loss"] == "next-token"
     assert results["commands"] == lines_of(out / "commands.sh")[1:]
     assert [step.title for step in steps if step.done] == [
-        "calibrate", "build 0.5", "train 0.5", "correct 0.5", "evaluate base", "evaluate 0.5",
+        "calibrate", "build 0.5", "train 0.5", "correct 0.5", "refine 0.5", "evaluate base", "evaluate 0.5",
     ]  # fmt: skip
-    assert len(results["commands"]) == 6
+    assert len(results["commands"]) == 7
     assert (results["output"], results["base"]) == (str(out), str(tmp_path / "base"))

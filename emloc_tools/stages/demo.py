@@ -103,7 +103,8 @@ def demo(
 
     Without `base` it is the small model shipped with the package and its data. `data` is JSONL of the user's task, of
     which a tenth is held out. `upper_bound` also trains a LoRA on the base itself, which needs memory for all of it.
-    The LoRA of the smallest emulator is refined by `refinement` steps on the base, if any. Raises `InputError` for unusable options, and `EmlocError` with the message of a stage that failed.
+    The LoRA of the smallest emulator is refined by `refinement` steps on the base, if any. Raises `InputError` for
+    unusable options, and `EmlocError` with the message of a stage that failed.
     """
     require_apart(output, [Path(path) for path in (base, data) if path is not None])
     check_output(output, overwrite=overwrite)

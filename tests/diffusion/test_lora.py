@@ -296,3 +296,30 @@ def test_the_command_shows_what_was_done_and_how_to_go_on(flux: Case, trained: T
     assert done.exit_code == 0, done.output
     assert f'pipeline.load_lora_weights("{tmp_path}/corrected")' in done.stdout
     assert f"{len(transformer_pairs(trained.folder))} LoRA pairs" in done.stdout
+
+
+def test_a_pipeline_with_the_emulator_takes_the_lora(flux: Case, tmp_path: Path) -> None:
+    """Training scripts end so. diffusers looks for the name of every adapted layer's weight in the state dictionary."""
+    transformer = diffusers.FluxTransformer2DModel.from_pretrained(flux.emulator)
+    torch.manual_seed(1)
+    transformer.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=["to_q", "proj_mlp"], init_lora_weights=False))
+    diffusers.FluxPipeline.save_lora_weights(tmp_path, transformer_lora_layers=get_peft_model_state_dict(transformer))
+    expected = outputs(transformer, flux.heldout)
+    transformer.disable_adapters()
+    without = outputs(transformer, flux.heldout)
+    light = diffusers.FluxTransformer2DModel.from_pretrained(flux.emulator)
+    pipeline = diffusers.FluxPipeline.from_pretrained(flux.pipeline, transformer=light)
+    pipeline.load_lora_weights(tmp_path)
+    assert torch.equal(outputs(pipeline.transformer, flux.heldout), expected)
+    assert not torch.equal(without, expected)
+
+
+def test_the_state_of_an_emulator_goes_back_into_it(flux: Case) -> None:
+    """It holds the guard, as the emulator's file does; the guard is no weight to be loaded."""
+    first, second = (diffusers.FluxTransformer2DModel.from_pretrained(flux.emulator) for _ in range(2))
+    state = first.state_dict()
+    assert state["single_transformer_blocks.0.attn.to_k.weight"].shape == (1,)
+    for parameter in second.parameters():
+        parameter.data.zero_()
+    second.load_state_dict(state, strict=True)
+    assert torch.equal(outputs(second, flux.heldout), outputs(first, flux.heldout))

@@ -18,6 +18,10 @@ from emloc_tools.models import diffusion
 from emloc_tools.models.quantised.methods import require_readable
 from emloc_tools.models.source import Source, first_line
 
+# For inference RWKV halves its activations every few blocks, and at its first forward divides weights in place to make
+# up for it. That changes the range of numbers alone; weights that are read later, and factors, cannot be divided.
+RESCALING = "rescale_every"
+
 
 def load_config(source: Source, *, trust_remote_code: bool = False) -> Any:
     """The model's configuration. Code in the model's folder runs only with `trust_remote_code`."""
@@ -76,7 +80,7 @@ def build_skeleton(cls: Any, config: Any, *, dtype: torch.dtype) -> nn.Module:
     """The model in evaluation mode with every parameter on meta, in `dtype` where the model lets it choose.
 
     What a class keeps in float32 beside fp16 or bf16, such as routing biases, is float32 here as well. Without an
-    explicit `use_cache` the model keeps no cache: a single forward has no use for it.
+    explicit `use_cache` the model keeps no cache: a single forward has no use for it. Nor does it rescale its weights.
     """
     with parameters_on_meta(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -88,16 +92,17 @@ def build_skeleton(cls: Any, config: Any, *, dtype: torch.dtype) -> nn.Module:
     for name, parameter in model.named_parameters():
         if any(re.search(pattern.replace("*", ".*"), name) for pattern in kept):
             parameter.data = parameter.data.float()
-    _leave_out_caches(model)
+    _set(model, "use_cache", False)  # many classes take it only on to the part that knows it
+    _set(model, RESCALING, 0)
     return model
 
 
-def _leave_out_caches(model: nn.Module) -> None:
-    """Make no key-value cache by default. Many classes take `use_cache` only on to the part that knows it."""
+def _set(model: nn.Module, setting: str, value: object) -> None:
+    """Change a setting in the configurations of a model and its parts, where it is on."""
     for module in model.modules():
         config = getattr(module, "config", None)
-        if getattr(config, "use_cache", False):
-            cast(Any, config).use_cache = False
+        if getattr(config, setting, False):
+            setattr(config, setting, value)
 
 
 def _kept(model: nn.Module, attribute: str) -> list[str]:
@@ -135,6 +140,14 @@ def compute_dtype(config: Any, requested: str = "auto") -> torch.dtype:
         return getattr(torch, requested)  # type: ignore[no-any-return]
     dtype = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None) or torch.float32
     return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+
+
+def matches_pairs(architecture: str) -> bool:
+    """Whether a model class of transformers has a loss of its own for pairs, such as of an image and its caption."""
+    import transformers
+
+    known: Any = getattr(transformers, architecture, None)
+    return known is not None and "return_loss" in inspect.signature(known.forward).parameters
 
 
 def predicts_next_token(architecture: str, config: Any = None) -> bool:

@@ -30,6 +30,7 @@ from emloc_tools.models.companions import copy_companions
 from emloc_tools.models.layers import select_layers
 from emloc_tools.models.modeling import FILE, emulator_name, modeling_source
 from emloc_tools.models.own_code import own_code
+from emloc_tools.models.skeleton import RESCALING
 from emloc_tools.models.weights import ModelWeights
 from emloc_tools.records import Allocation, Layer, LowRank, Progress, Weighting, silent
 from emloc_tools.stages.budget import budget_ratio
@@ -219,13 +220,15 @@ def _factor_dtype(weight: TensorSpec, dtype: str) -> torch.dtype:
 def _config(opened: BaseModel, dtype: str) -> dict[str, object]:
     """The base's config.json as it is, but for a dtype that the user chose, and names that transformers 4 reads.
 
-    What was FP8 in the base is not in the emulator.
+    What is quantised in the base is not in the emulator, and RWKV is not to rescale its weights there.
     transformers 5 saves rotary settings under `rope_parameters`. Version 4 does not know that name, and would take
     its defaults without a word.
     """
     config = read_json(opened.source.folder / "config.json", "base config")
     if opened.dequantised:
         del config["quantization_config"]
+    if config.get(RESCALING):
+        config[RESCALING] = 0
     if dtype != "auto" and opened.library == "transformers":  # diffusers takes it from whoever loads the model
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
     rope = config.get("rope_parameters")

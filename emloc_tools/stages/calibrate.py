@@ -72,8 +72,8 @@ def calibrate(
     With `gradients` the samples also run backward, and the second moments of the loss gradient at every layer are kept
     as well. Every weight is then read twice at most, and activations pass through a temporary file beside the output
     (see `passes.activation_bytes`). The loss is that of the next token over the samples' targets (a text, a chat, the
-    completion of a prompt), for ready inputs with labels that of the model, and for those with a `target` the squared
-    error of the model's output.
+    completion of a prompt), for ready inputs with labels, or of pairs to match, that of the model, and for those with a
+    `target` the squared error of the model's output.
 
     Raises `InputError` for unusable paths, data or patterns and for too full a disk, `NumericalError` for NaN or
     infinity, `UnsupportedError` for gradients of a model without a loss on such data.

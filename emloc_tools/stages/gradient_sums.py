@@ -16,7 +16,7 @@ from emloc_tools.files.ready_inputs import TARGET
 from emloc_tools.linalg.cross_entropy import IGNORED, summed_cross_entropy
 from emloc_tools.linalg.gram import accumulate
 from emloc_tools.models.labels import classifies_sequences
-from emloc_tools.models.skeleton import predicts_next_token
+from emloc_tools.models.skeleton import matches_pairs, predicts_next_token
 from emloc_tools.records import GradientGram, Loss, Progress, Step
 from emloc_tools.streaming.backward import BackwardLockStep
 from emloc_tools.streaming.gradients import Gradient
@@ -86,6 +86,13 @@ def loss_of(batches: Sequence[Batch], architecture: str, config: Any = None) -> 
         return "next-token"
     if all(TARGET in batch.inputs for batch in batches):
         return "squared-error"
+    if matches_pairs(architecture):
+        if any(_pairs(batch) < 2 for batch in batches):
+            raise InputError(
+                f"gradients need a loss: {architecture} compares every pair of a batch with the others, so each n of "
+                "the ready model inputs needs two images and two texts at least"
+            )
+        return "model"
     if not all("labels" in batch.inputs for batch in batches):
         raise InputError(
             "gradients need a loss: the ready model inputs hold neither labels (<n>/labels) nor what the output is to "
@@ -107,7 +114,7 @@ def batch_loss(batch: Batch, output: Any, model: nn.Module) -> torch.Tensor:
     if batch.targets is None:
         loss = output.get("loss") if isinstance(output, dict) else output[0]
         if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
-            raise UnsupportedError(f"{type(model).__name__} returns no loss for the labels of the ready inputs")
+            raise UnsupportedError(f"{type(model).__name__} returns no loss for the ready inputs")
         if not torch.isfinite(loss):
             raise NumericalError(
                 f"{type(model).__name__} returns the loss {float(loss.detach()):g} for ready inputs; labels that are "
@@ -117,6 +124,11 @@ def batch_loss(batch: Batch, output: Any, model: nn.Module) -> torch.Tensor:
     labels = torch.full_like(batch.targets, IGNORED, dtype=torch.int64)
     labels[:, :-1] = batch.inputs["input_ids"][:, 1:].masked_fill(~batch.targets[:, 1:], IGNORED)
     return summed_cross_entropy(output.logits, labels.to(output.logits.device))
+
+
+def _pairs(batch: Batch) -> int:
+    """How many rows each input of a batch has, at least."""
+    return min((tensor.shape[0] for tensor in batch.inputs.values() if tensor.dim() > 1), default=0)
 
 
 def _squared_error(found: Any, target: torch.Tensor, model: nn.Module) -> torch.Tensor:

@@ -69,6 +69,8 @@ def sparing_options(model: Any, layers: Sequence[Layer], batches: Sequence[Batch
     """
     accepted = inspect.signature(model.forward).parameters
     options: dict[str, Any] = {"use_cache": False}
+    if loss:
+        options["return_loss"] = True  # of pairs, such as of images and texts
     head = getattr(model, "get_output_embeddings", lambda: None)()
     has_loss = loss or any("labels" in batch.inputs for batch in batches)
     linears = [layer for layer in layers if layer.experts is None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from functools import cached_property
 from pathlib import Path
@@ -41,8 +42,8 @@ class Journey:
 
     @property
     def has_loss(self) -> bool:
-        """Whether the inputs bring labels, from which the model computes a loss."""
-        return all("labels" in batch for batch in self.batches)
+        """Whether the model computes a loss: from labels among the inputs, or of pairs that it matches."""
+        return all("labels" in batch for batch in self.batches) or matches_pairs(self.model)
 
     def data(self, seed: int) -> Path:
         """A file of ready model inputs."""
@@ -149,6 +150,11 @@ class Journey:
         """The base with the corrected LoRA in its weights."""
         merge(base=str(self.base), adapter=self.corrected, output=self._root / "merged")
         return self._root / "merged"
+
+
+def matches_pairs(model: Any) -> bool:
+    """Whether a model has a loss for images and texts that belong together."""
+    return "return_loss" in inspect.signature(model.forward).parameters
 
 
 def objective(output: Any) -> torch.Tensor:

@@ -74,7 +74,7 @@ def gradients_in_memory(model: nn.Module, batches: list[Inputs], layers: list[st
 
     with watching(model, layers, see):
         for batch in batches:
-            run(model, batch)["loss"].backward()
+            run(model, batch, loss=True)["loss"].backward()
     return grams
 
 
@@ -99,10 +99,11 @@ def without_padding(inputs: Inputs, writes: bool) -> list[Inputs]:
     return samples
 
 
-def run(model: nn.Module, inputs: Inputs) -> Any:
-    """A forward without a cache, which would only cost."""
+def run(model: nn.Module, inputs: Inputs, *, loss: bool = False) -> Any:
+    """A forward without a cache, which would only cost, and with a loss if it is wanted."""
     accepted = inspect.signature(model.forward).parameters
-    return model(**inputs, **({"use_cache": False} if "use_cache" in accepted else {}))
+    options = {"use_cache": False, **({"return_loss": True} if loss else {})}
+    return model(**inputs, **{name: value for name, value in options.items() if name in accepted})
 
 
 def weight_of(module: nn.Module) -> torch.Tensor:

@@ -27,6 +27,14 @@ FAMILIES = (
         notes=MAMBA,
     ),
     Family(
+        "RWKV",
+        "RwkvForCausalLM",
+        "text",
+        configured("RwkvConfig", attention_hidden_size=32, context_length=64, use_cache=False),
+        texts,
+        notes="the base halves activations every six blocks, its emulator does not",
+    ),
+    Family(
         "Qwen3-Next",
         "Qwen3NextForCausalLM",
         "text",

@@ -39,7 +39,7 @@ in float32, or where the notes say so in bfloat16 or in several files.
 - **linear layers**: how many become factors by default, of how many there are; stacks of fused experts are counted
   apart. `emloc-tools inspect` lists for any base what stays dense, and why.
 - **gradients**: `exact` where the second moments of `calibrate --gradients` equal those of autograd in memory; `no
-  loss` where the class computes none from labels.
+  loss` where the class computes none from its inputs.
 - **Auto classes**: those of `AutoModel…` through which the emulator loads, which are those that find the base's blocks.
   A head that the checkpoint lacks is new, as it is for the base.
 - **`all-linear`**: whether PEFT's `target_modules="all-linear"` has the same keys on the emulator as on the base. The

@@ -6,7 +6,7 @@ from typing import Any
 
 import transformers
 
-from tests.architectures.family import IMAGE, SIZES, Draw, Family, Inputs, configured, padded
+from tests.architectures.family import IMAGE, SIZES, VOCABULARY, Draw, Family, Inputs, configured, padded
 
 VISION = "vision"
 BOTH = "vision and text"
@@ -24,9 +24,18 @@ def pictures(draw: Draw) -> list[Inputs]:
 
 
 def captions(draw: Draw) -> list[Inputs]:
-    """Images and texts. Those of the first batch are padded, to as many tokens as an image has rows."""
-    batches = [{"input_ids": draw.ids(3, length), "pixel_values": draw.values(3, 3, 32, 32)} for length in (17, 12)]
+    """Images and texts. Those of the first batch are padded, to as many tokens as an image has rows.
+
+    The last real token is the one with the largest id, at which CLIP reads off what a text means.
+    """
+    batches = whole_captions(draw)
+    batches[0]["input_ids"][1, -6] = VOCABULARY - 1
     return [padded(batches[0], 1, slice(-5, None)), batches[1]]
+
+
+def whole_captions(draw: Draw) -> list[Inputs]:
+    """Images and texts of one length: SigLIP knows no padding, and reads off every text at its last token."""
+    return [{"input_ids": draw.ids(3, length), "pixel_values": draw.values(3, 3, 32, 32)} for length in (17, 12)]
 
 
 def classifier(name: str, prefix: str, **changes: Any) -> Family:
@@ -40,5 +49,5 @@ FAMILIES = (
     classifier("DINOv2", "Dinov2", mlp_ratio=2),
     Family("Swin", "SwinForImageClassification", VISION, lambda: transformers.SwinConfig(**SWIN), pictures),
     Family("CLIP", "CLIPModel", BOTH, configured("CLIPConfig", **TOWERS, projection_dim=16), captions, notes=TWO),
-    Family("SigLIP", "SiglipModel", BOTH, configured("SiglipConfig", **TOWERS), captions, notes=TWO),
+    Family("SigLIP", "SiglipModel", BOTH, configured("SiglipConfig", **TOWERS), whole_captions, notes=TWO),
 )

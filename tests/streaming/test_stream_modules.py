@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from emloc_tools.errors import NumericalError
 from emloc_tools.streaming.stream import LockStep
 from emloc_tools.streaming.units import Unit
-from tests.streaming.streamed import checkpoint_bytes, stream_module
+from tests.streaming.streamed import checkpoint, checkpoint_bytes, in_memory, open_stream, stream_module
 
 
 class Block(nn.Module):
@@ -137,3 +138,23 @@ def test_current_is_refused_outside_a_run(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="no batch is running"):
         _ = stream.current
     assert isinstance(stream, LockStep)
+
+
+def test_a_model_that_divides_its_weights_for_inference_is_streamed_as_it_was_trained(tmp_path: Path) -> None:
+    """RWKV halves activations then: here after every block, by default after six. The rest is the same."""
+    sizes = {"vocab_size": 48, "hidden_size": 16, "attention_hidden_size": 16, "num_hidden_layers": 4}
+    config = transformers.RwkvConfig(**sizes, intermediate_size=24, context_length=32, rescale_every=1)
+    torch.manual_seed(0)
+    transformers.RwkvForCausalLM(config).save_pretrained(tmp_path)
+    ids = torch.randint(48, (2, 9))
+    model, weight = in_memory(tmp_path), "rwkv.blocks.3.attention.output.weight"
+    with torch.no_grad():
+        expected = model.train()(input_ids=ids).logits  # it has no dropout
+        model.eval()(input_ids=ids)
+    assert torch.equal(model.get_parameter(weight) * 2**3, checkpoint(tmp_path)[weight])  # it did divide
+    stream, results = open_stream(tmp_path), {}
+    stream.run([lambda: stream.model(input_ids=ids).logits], results.__setitem__)
+    torch.testing.assert_close(results[0], expected)
+    stream.model.config.rescale_every = 1  # control: activations halved beside the weights of the checkpoint
+    stream.run([lambda: stream.model(input_ids=ids).logits], results.__setitem__)
+    assert (results[0] - expected).abs().max() > 0.1 * expected.abs().max()

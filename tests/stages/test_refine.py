@@ -20,8 +20,10 @@ from emloc_tools.models.weights import ModelWeights
 from emloc_tools.stages.build_emulator import build_emulator
 from emloc_tools.stages.correct import correct
 from emloc_tools.stages.evaluate import evaluate
+from emloc_tools.stages.fit_head import fit_head
 from emloc_tools.stages.refine import RefinementResult, deal, refine
 from tests import pico
+from tests.stages import classifiers
 from tests.stages.adapters import changed, on, pairs
 from tests.stages.conftest import MAX_LENGTH, Case
 from tests.stages.loss_reference import next_token_loss
@@ -340,3 +342,15 @@ def test_a_changed_record_is_noticed(corrected: Corrected, tmp_path: Path) -> No
     write_json(path, {**read_json(path), "refinements": []})
     with refused(FormatError, "A9", "refinements"):
         evaluate(base=str(case.base), data=case.data, adapters=[tmp_path / "refined"])
+
+
+def test_a_sequence_classifier_learns_its_labels(tmp_path: Path) -> None:
+    """The loss is that of the label, as a mean over the samples."""
+    base, data = tmp_path / "base", classifiers.save_labelled(tmp_path / "data.jsonl", count=12)
+    classifiers.save_base(tmp_path / "body", "llama")
+    fit_head(base=str(tmp_path / "body"), data=data, output=base, device="cpu")
+    adapter = made(base, data, tmp_path, task_type=None, target_modules=["q_proj", "v_proj", "down_proj"])
+    result = refine(base=str(base), adapter=adapter, data=data, output=tmp_path / "refined", samples_per_step=12)
+    before, after = evaluate(base=str(base), data=data, adapters=[adapter, tmp_path / "refined"], device="cpu")[1:]
+    assert result.losses[0] == pytest.approx(before.loss, rel=1e-5)
+    assert after.loss < result.losses[-1] < before.loss

@@ -103,11 +103,12 @@ def parse_arguments() -> argparse.Namespace:
 def run(folder: Path, options: argparse.Namespace) -> list[Row]:
     """All stages, one after the other."""
     base, calibration, emulator = folder / "base", folder / "calibration", folder / "emulator"
-    adapter, corrected = folder / "adapter", folder / "corrected"
+    adapter, corrected, refined = folder / "adapter", folder / "corrected", folder / "refined"
     ours = [sys.executable, "-m", "emloc_tools"]
     length = ["--max-length", options.max_length]
     training, held_out = (["--data", DEMO / "data" / f"{name}.jsonl", *length] for name in ("train", "heldout"))
     training_samples = ["--samples", options.samples]
+    steps = ["--steps", 2, "--samples-per-step", options.samples]
     held_out_samples = ["--samples", max(1, options.samples // 4)]
     build = ["--calibration", calibration, "--ratio", options.ratio]
     # Away from the package: a script such as anyone's, with transformers and PEFT.
@@ -131,6 +132,11 @@ def run(folder: Path, options: argparse.Namespace) -> list[Row]:
             "correct",
             [*ours, "correct", "--emulator", emulator, "--adapter", adapter, "--base", base, "--output", corrected],
             corrected,
+        ),
+        measure(
+            "refine, 2 steps",
+            [*ours, "refine", "--base", base, "--adapter", corrected, *training, *steps, "--output", refined],
+            refined,
         ),
         measure(
             "evaluate the base and the corrected LoRA",

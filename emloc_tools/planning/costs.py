@@ -20,6 +20,7 @@ from emloc_tools.planning.step import inference_memory
 from emloc_tools.records import Layer
 
 PROCESS = 400_000_000  # bytes of Python with torch, transformers and PEFT imported, on Linux
+ADAM_COPIES = 4  # of a LoRA: its pairs, their gradients and two moments
 UNIT = 4 << 30  # bytes; a larger block is read in parts
 LOGITS_COPIES = 3  # in float32: the logits, their normalised form, and the gradient
 TIMES_WEIGHT = 3  # float64 matrices of a weight's shape that a decomposition holds at once: W, its scaled copy, M
@@ -138,6 +139,7 @@ def stage_needs(
         StageNeeds("calibrate --gradients", stored, passing * (sizes.units + 2), streamed + per_block + logits),
         StageNeeds("build-emulator", emulator, 0, PROCESS + max(sizes.tensor, _decomposing(layers, itemsize))),
         StageNeeds("correct", adapter, 0, PROCESS + max(_correcting(layer, itemsize) for layer in layers)),
+        StageNeeds("refine", adapter, passing * (sizes.units + 2), streamed + ADAM_COPIES * adapter + logits),
         StageNeeds("merge", sizes.whole, 0, PROCESS + 3 * sizes.tensor),
         StageNeeds("evaluate", 0, 0, streamed + logits),
     ]

@@ -30,6 +30,7 @@ from emloc_tools.wording import size as size
 if TYPE_CHECKING:
     from emloc_tools.records import Step
 
+EIGHTHS = ("", "▏", "▎", "▍", "▌", "▋", "▊", "▉")
 WIDTH_OF_LOGS = 110  # where the output is no terminal
 CORRECTION = "‖D‖/‖sB'‖"  # size of a correction, relative to the trained update
 
@@ -159,10 +160,18 @@ def _cell(value: Any, as_bar: bool, unicode: bool) -> str:
 
 
 def bar(value: float, width: int = 10, *, unicode: bool = True) -> str:
-    """A fraction as a bar and a number."""
-    full, empty = "█·" if unicode else "#."
-    filled = round(min(max(value, 0.0), 1.0) * width)
-    return f"{full * filled}{empty * (width - filled)} {fraction(value)}"
+    """A fraction as a bar, to an eighth of a character where there are such characters, and a number."""
+    return f"{plain_bar(value, width, unicode=unicode)} {fraction(value)}"
+
+
+def plain_bar(value: float, width: int, *, unicode: bool = True) -> str:
+    """A fraction as a bar alone."""
+    part = min(max(value, 0.0), 1.0) * width
+    if not unicode:
+        return "#" * round(part) + "." * (width - round(part))
+    eighths = round(8 * part)
+    filled = "█" * (eighths // 8) + EIGHTHS[eighths % 8]
+    return filled + "·" * (width - len(filled))
 
 
 def _silent(step: Step) -> None:

@@ -19,7 +19,6 @@ NAMES = {
     "base_parameters": "parameters of the base",
     "grams": "Gram matrices",
     "gram_bytes": "their size",
-    "correction": "‖D‖/‖sB'‖",
     "stored_bytes": "size of its weights",
 }
 PART = ("count", "parameters", "reason")
@@ -49,8 +48,9 @@ def inspect(
 ) -> None:
     """Show what a base, calibration, emulator or adapter holds.
 
-    Also what it was made from, and a line per layer. Of a base, a folder or a Hub id, it shows which layers would
-    become factors, and of base and emulator what is dense and why. Weights are neither read nor fetched.
+    Also what it was made from, and its layers by kinds, with one line for blocks that are alike. Of a base, a folder or
+    a Hub id, it shows which layers would become factors, and of base and emulator what is dense and why. Weights are
+    neither read nor fetched.
     """
     from emloc_tools.cli import console
     from emloc_tools.stages.inspect import inspect as run
@@ -60,7 +60,7 @@ def inspect(
 
 
 def _draw(out: Console, result: Inspection) -> None:
-    from emloc_tools.cli import console
+    from emloc_tools.cli import console, layer_groups
 
     shown = {**result.facts}
     for key in ("gram_bytes", "stored_bytes"):
@@ -79,9 +79,9 @@ def _draw(out: Console, result: Inspection) -> None:
         f"{result.kind.capitalize()} in {result.path}",
         [(NAMES.get(key, _words(key)), shown[key]) for key in shown],
     )
-    out.print()
-    rows = [{NAMES.get(key, _words(key)): value for key, value in row.items()} for row in result.layers]
-    console.layer_table(out, rows, bars=["relative error"])
+    if result.layers:
+        out.print()
+        layer_groups.draw(out, result.layers)
     if result.dense:
         console.heading(out, "\nStays dense" if result.kind == "base" else "\nDense")
         console.layer_table(out, [{"part": part["name"], **{key: part[key] for key in PART}} for part in result.dense])

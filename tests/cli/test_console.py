@@ -74,7 +74,14 @@ def test_a_list_of_facts_gets_a_line_each() -> None:
 
 @pytest.mark.parametrize(
     ("value", "shown"),
-    [(0.0, "·········· 0.000"), (1e-5, "·········· <0.001"), (0.46, "█████····· 0.460"), (1.0, "██████████ 1.000")],
+    [
+        (0.0, "·········· 0.000"),
+        (1e-5, "·········· <0.001"),
+        (0.04, "▍········· 0.040"),
+        (0.46, "████▋····· 0.460"),
+        (0.999, "██████████ 0.999"),
+        (1.0, "██████████ 1.000"),
+    ],
 )
 def test_bars_have_a_number_of_three_decimals(value: float, shown: str) -> None:
     assert console.bar(value) == shown

@@ -88,7 +88,9 @@ def test_an_emulator_without_calibration(run: Run, tmp_path: Path) -> None:
 def test_a_trained_adapter(run: Run) -> None:
     found = inspect(run.adapter)
     assert found.kind == "adapter"
-    assert found.facts == {"corrected": False, "base": str(run.emulator), "lora_pairs": 21, "other_tensors": 0}
+    parameters = sum(tensor.numel() for tensor in read_tensors(run.adapter).values())
+    facts = {"base": str(run.emulator), "lora_pairs": 21, "other_tensors": 0, "parameters": parameters}
+    assert found.facts == {"corrected": False, **facts}
     ranks = {name: A.shape[0] for name, (A, _) in pairs(run.adapter).items()}
     assert {row["layer"]: row["rank"] for row in found.layers} == ranks
     assert all(row.keys() == {"layer", "rank", "scaling"} and row["scaling"] == 1.5 for row in found.layers)
@@ -102,6 +104,7 @@ def test_a_corrected_adapter(run: Run) -> None:
         "base": str(run.base),
         "lora_pairs": 21,
         "other_tensors": 0,
+        "parameters": sum(tensor.numel() for tensor in read_tensors(run.corrected).values()),
         "architecture": "LlamaForCausalLM",
         "clamp": 3.0,
         "made_by": manifest["made_by"]["command"],

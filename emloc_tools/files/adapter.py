@@ -145,6 +145,10 @@ class Adapter:
                 f"{self.config_path}: target_parameters names parameters that are no linear layers, such as fused "
                 "experts; give the trainer a list of linear target_modules instead of all-linear"
             )
+        if self.config.get("use_bdlora"):
+            raise UnsupportedError(
+                f"{self.config_path}: use_bdlora stores the blocks of block-diagonal factors; train a plain LoRA"
+            )
         modules = set()
         for name in self.tensors.names():
             match = re.fullmatch(re.escape(self.prefix) + r"(.+)\.lora_[AB]\.weight", name)

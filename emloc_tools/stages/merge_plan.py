@@ -166,10 +166,12 @@ class _Planner:
 
     def _saved_name(self, key: str) -> str:
         module, _, part = key.removeprefix(self._trained.prefix).rpartition(".")
-        if part.startswith("lora_"):
+        if ".lora_" in key or part == "trainable_tokens_delta":
+            what = (
+                "trained rows of an embedding" if part == "trainable_tokens_delta" else "not a pair of a linear layer"
+            )
             raise UnsupportedError(
-                f"{self._trained.folder} holds {key}, which is not a pair of a linear layer; merge it with PEFT's "
-                "merge_and_unload"
+                f"{self._trained.folder} holds {key}, which is {what}; merge it with PEFT's merge_and_unload"
             )
         if part in FACTORS:
             raise UnsupportedError(

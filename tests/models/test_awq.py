@@ -98,6 +98,15 @@ def test_every_stage_equals_that_of_the_same_numbers_in_full_precision(tmp_path:
     require_equal_stages(base, save_plain(tmp_path / "plain", tmp_path / "quantised", tensors), tmp_path)
 
 
+def test_autoround_writes_the_same_layout(tmp_path: Path) -> None:
+    parts, expected = quantised(64, 32, 16)
+    quantisation = {"quant_method": "auto-round", "packing_format": "auto_round:auto_awq", "bits": 4, "group_size": 16}
+    assert awq.is_awq(quantisation)
+    assert not awq.is_awq({**quantisation, "packing_format": "auto_round:auto_gptq"})
+    with folder(tmp_path, parts, **quantisation) as opened:
+        torch.testing.assert_close(opened.read("a.weight").double(), expected, rtol=1e-6, atol=0)
+
+
 def test_parts_that_do_not_fit_and_scaled_activations_are_refused_by_name(tmp_path: Path) -> None:
     parts, _ = quantised(128, 64, 16)
     for change in (

@@ -242,7 +242,9 @@ def test_without_the_library_the_extra_is_named_and_an_old_configuration_is_know
     (tmp_path / "config.json").write_text(json.dumps(config))
     open_base(base).tensors.close()
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(UnsupportedError, match=r'needs the extra `bitsandbytes`.*"emloc-tools\[bitsandbytes\]"'):
+    with pytest.raises(
+        UnsupportedError, match=r'that bitsandbytes reads, which is an extra: .*"emloc-tools\[bitsandbytes\]"'
+    ):
         open_base(base)
 
 

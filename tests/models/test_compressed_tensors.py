@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -282,3 +283,11 @@ def test_a_shape_that_is_not_stored_is_what_the_words_hold(tmp_path: Path) -> No
     config = {"quant_method": "compressed-tensors", "config_groups": {"g": {"weights": {**INT4, "symmetric": True}}}}
     with folder(tmp_path, config) as opened:
         assert torch.equal(opened.read("a.weight"), (numbers - 8) * 0.5)
+
+
+def test_without_the_library_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = save(tmp_path, {"group_0": group("int4-groups")})
+    open_base(base).tensors.close()
+    monkeypatch.setitem(sys.modules, "compressed_tensors", None)
+    with pytest.raises(UnsupportedError, match=r'that compressed-tensors reads, .*"emloc-tools\[compressed-tensors\]"'):
+        open_base(base)

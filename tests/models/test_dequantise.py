@@ -213,7 +213,11 @@ OTHERS: list[tuple[dict[str, Any], str]] = [
         {**TENSORWISE, "transform_config": {"config_groups": {"R1": {}}}},
         "compressed-tensors (format float-quantized, transforms R1)",
     ),
-    ({"quant_method": "torchao"}, "torchao"),
+    (
+        {"quant_method": "auto-round", "bits": 4, "packing_format": "auto_round:fp8_static"},
+        "auto-round (packing_format auto_round:fp8_static, bits 4)",
+    ),
+    ({"quant_method": "hqq"}, "hqq"),
     ({"bits": 4}, "an unknown method (bits 4)"),
 ]
 

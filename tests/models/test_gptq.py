@@ -22,7 +22,13 @@ from tests.models.bit_sequences import pack_rows
 from tests.models.quantised_stages import require_equal_stages, save_plain
 
 Tensors = dict[str, torch.Tensor]
-UP = "model.layers.1.mlp.up_proj"
+LESS = {"gptq": 1, "gptq_v2": 0, "auto_round:auto_gptq": 1, "auto_round:gptqmodel": 0}
+CALLED = {
+    name: {"quant_method": "auto-round", "packing_format": name}
+    if "round" in name
+    else {"quant_method": "gptq", "checkpoint_format": name}
+    for name in LESS
+}
 
 
 def quantised(inputs: int, outputs: int, bits: int, group: int, *, ordered: bool, less: int) -> tuple[Tensors, Any]:
@@ -64,24 +70,23 @@ def test_three_bits_straddle_words_as_the_format_describes() -> None:
 
 
 @pytest.mark.parametrize("ordered", [False, True], ids=["in-turn", "by-activation"])
-@pytest.mark.parametrize("version", ["gptq", "gptq_v2"])
+@pytest.mark.parametrize("version", list(LESS))
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_weights_are_numbers_minus_zero_points_times_scales(
     bits: int, version: str, ordered: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The last of the groups of 48 inputs has 32."""
-    less = {"gptq": 1, "gptq_v2": 0}
-    parts, expected = quantised(128, 64, bits, 48, ordered=ordered, less=less[version])
+    parts, expected = quantised(128, 64, bits, 48, ordered=ordered, less=LESS[version])
     for at_once in (gptq.AT_ONCE, 64 * 32):  # all inputs together, and 32 at a time
         monkeypatch.setattr(gptq, "AT_ONCE", at_once)
-        with folder(tmp_path, parts, group_size=48, checkpoint_format=version) as opened:
+        with folder(tmp_path, parts, group_size=48, **CALLED[version]) as opened:
             assert opened.names() == ["a.weight"]
             assert opened.spec("a.weight").shape == (64, 128)
             found = opened.read("a.weight")
             assert opened.bytes_read == sum(tensor.nbytes for tensor in parts.values())
         torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=0)
-    (other,) = less.keys() - {version}
-    with folder(tmp_path, parts, group_size=48, checkpoint_format=other) as opened:
+    other = "gptq" if LESS[version] == 0 else "gptq_v2"
+    with folder(tmp_path, parts, group_size=48, **CALLED[other]) as opened:
         assert not torch.allclose(
             opened.read("a.weight").double(), expected
         )  # control: the other version's zero points

@@ -81,7 +81,9 @@ def _unpack(words: torch.Tensor) -> torch.Tensor:
 
 
 def is_awq(quantisation: Mapping[str, Any]) -> bool:
-    """Whether a `quantization_config` is one of AWQ, in the version called gemm."""
+    """Whether a `quantization_config` is one of AWQ, or of AutoRound in its layout, in the version called gemm."""
+    if quantisation.get("quant_method") == "auto-round":
+        return quantisation.get("packing_format") == "auto_round:auto_awq" and quantisation.get("bits") == BITS
     version = str(quantisation.get("version") or quantisation.get("format") or "gemm").lower()
     bits = quantisation.get("bits", quantisation.get("w_bit"))
     return quantisation.get("quant_method") == "awq" and version == "gemm" and bits == BITS

@@ -2,8 +2,9 @@
 
 A layer of `in` inputs and `out` outputs is stored as `qweight (in * bits / 32, out)`, packed along its inputs; `scales`
 and, packed along its outputs, `qzeros (groups, out * bits / 32)` for each group of inputs; and `g_idx (in,)`, the group
-of each input. The first version of the format holds zero points less one, modulo 2^bits; `gptq_v2` holds them as they
-are. No library that does this can be an ordinary dependency (docs/bases.md), so it is done here, some inputs at a time.
+of each input. The first version of the format holds zero points less one, modulo 2^bits; the second holds them as they
+are. AutoRound writes both. No library that does this can be an ordinary dependency (docs/bases.md), so it is done here,
+some inputs at a time.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from emloc_tools.models.quantised.folder import DequantisedFolder, without
 from emloc_tools.models.quantised.packed_words import WORD, unpack
 
 BITS = (2, 3, 4, 8)
-FORMATS = ("gptq", "gptq_v2")
+# What the layouts are called, and how much less their zero points are.
+LAYOUTS = {"gptq": 1, "gptq_v2": 0, "auto_round:auto_gptq": 1, "auto_round:gptqmodel": 0, "auto_round": 0}
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
 AT_ONCE = 1 << 24  # numbers that are unpacked together
 
@@ -37,7 +39,7 @@ class GptqFolder(DequantisedFolder):
         shown = {name: f"{module}.qweight" for name, module in self._layers.items()}
         super().__init__(raw, without(raw.weight_map, hidden) | shown, dtype)
         self._group = int(quantisation.get("group_size") or -1)
-        self._less = 0 if quantisation.get("checkpoint_format") == "gptq_v2" else 1
+        self._less = LAYOUTS[_layout(quantisation)]
 
     def quantised_shape(self, name: str) -> tuple[int, ...] | None:
         if name not in self._layers:
@@ -108,10 +110,12 @@ def quantised_modules(raw: TensorFolder) -> list[str]:
 
 
 def is_gptq(quantisation: Mapping[str, Any]) -> bool:
-    """Whether a `quantization_config` is one of GPTQ, in the layout that its tools share."""
-    return (
-        quantisation.get("quant_method") == "gptq"
-        and (quantisation.get("checkpoint_format") or "gptq") in FORMATS
-        and not quantisation.get("is_marlin_format")
-        and quantisation.get("bits") in BITS
-    )
+    """Whether a `quantization_config` is one of GPTQ, or of AutoRound, in one of the layouts that are read."""
+    known = quantisation.get("quant_method") in ("gptq", "auto-round") and _layout(quantisation) in LAYOUTS
+    return known and not quantisation.get("is_marlin_format") and quantisation.get("bits") in BITS
+
+
+def _layout(quantisation: Mapping[str, Any]) -> str:
+    if quantisation.get("quant_method") == "auto-round":
+        return str(quantisation.get("packing_format"))
+    return str(quantisation.get("checkpoint_format") or "gptq")

@@ -22,8 +22,9 @@ from emloc_tools.models.quantised.compressed_tensors_weights import CompressedTe
 from emloc_tools.models.quantised.fp8 import Fp8Folder, block_size, is_fp8
 from emloc_tools.models.quantised.gptq import GptqFolder, is_gptq
 from emloc_tools.models.quantised.mxfp4 import Mxfp4Folder, is_mxfp4
+from emloc_tools.models.quantised.torchao_weights import TorchaoFolder, is_torchao
 
-KNOWN = (is_fp8, is_bitsandbytes, is_mxfp4, is_gptq, is_awq, is_compressed_tensors)
+KNOWN = (is_fp8, is_bitsandbytes, is_mxfp4, is_gptq, is_awq, is_torchao, is_compressed_tensors)
 # What tells variants of a method apart.
 VARIANTS = ("quant_algo", "checkpoint_format", "version", "format", "packing_format", "expert_dtype", "bits")
 
@@ -36,26 +37,26 @@ def require_readable(quantisation: Any, base: str) -> None:
         return
     raise UnsupportedError(
         f"{base} is quantised by {_called(quantisation)}; use the model's full-precision (bf16, fp16, fp32) release, "
-        "or one in FP8, MXFP4 (GPT-OSS) or of GPTQ, AWQ, compressed-tensors or bitsandbytes"
+        "or one in FP8, MXFP4 (GPT-OSS) or of GPTQ, AWQ, compressed-tensors, bitsandbytes or torchao"
     )
 
 
 def require_dequantiser(quantisation: Any, model: nn.Module, base: str) -> None:
     """Refuse what needs a library that is not installed, or layers that a method stores in a way of its own."""
-    if not quantisation or is_fp8(quantisation) or is_mxfp4(quantisation):
+    if not quantisation:
         return
     from transformers.pytorch_utils import Conv1D
 
-    method = "bitsandbytes" if is_bitsandbytes(quantisation) else quantisation["quant_method"]
-    if any(isinstance(module, Conv1D) for module in model.modules()):
+    transposes = is_bitsandbytes(quantisation) or is_gptq(quantisation) or is_awq(quantisation)
+    if transposes and any(isinstance(module, Conv1D) for module in model.modules()):
         raise UnsupportedError(
-            f"{base} is quantised by {method}, which stores Conv1D layers transposed; use the model's "
-            "full-precision (bf16, fp16, fp32) release"
+            f"{base} is quantised by {quantisation.get('quant_method') or 'bitsandbytes'}, which stores Conv1D layers "
+            "transposed; use the model's full-precision (bf16, fp16, fp32) release"
         )
     if is_bitsandbytes(quantisation):
-        _require_extra("bitsandbytes", method, base)
-    elif is_compressed_tensors(quantisation):
-        _require_extra("compressed-tensors", method, base)
+        _require_extra("bitsandbytes", base)
+    elif is_compressed_tensors(quantisation) and not is_fp8(quantisation):
+        _require_extra("compressed-tensors", base)
 
 
 def open_dequantised(tensors: TensorFolder, quantisation: Any, dtype: torch.dtype) -> TensorFolder:
@@ -70,15 +71,17 @@ def open_dequantised(tensors: TensorFolder, quantisation: Any, dtype: torch.dtyp
         return GptqFolder(tensors, quantisation, dtype)
     if is_awq(quantisation):
         return AwqFolder(tensors, quantisation, dtype)
+    if is_torchao(quantisation):
+        return TorchaoFolder(tensors, dtype)
     if is_fp8(quantisation):
         return Fp8Folder(tensors, block_size(quantisation), dtype)
     return CompressedTensorsFolder(tensors, quantisation, dtype)
 
 
-def _require_extra(extra: str, method: str, base: str) -> None:
+def _require_extra(extra: str, base: str) -> None:
     if not _is_installed(extra.replace("-", "_")):
         raise UnsupportedError(
-            f"{base} is quantised by {method}, which needs the extra `{extra}`: install it with "
+            f"{base} is quantised in a way that {extra} reads, which is an extra: install it with "
             f'`pip install "emloc-tools[{extra}]"`'
         )
 

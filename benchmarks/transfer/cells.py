@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -19,13 +20,13 @@ from benchmarks.transfer.beds import BEDS
 from emloc_tools.demo import train_lora
 from emloc_tools.files.emulator import Emulator
 from emloc_tools.linalg.allocate import adaptive_ranks
-from emloc_tools.stages import build_choices
-from emloc_tools.stages import refine as refinement
+from emloc_tools.stages import build_choices, refinement
 from emloc_tools.stages.build_emulator import build_emulator
 from emloc_tools.stages.calibrate import calibrate
 from emloc_tools.stages.correct import correct
 from emloc_tools.stages.evaluate import evaluate
 from emloc_tools.stages.merge import merge
+from emloc_tools.stages.refine import SAMPLES as SAMPLES_PER_STEP
 from emloc_tools.stages.refine import refine
 
 LENGTH = 160  # tokens of a sample
@@ -53,11 +54,12 @@ USES = {"uses of paper": "paper", "uses of gradient": "gradient"}
 # Corrected LoRAs that are trained some more on the base itself.
 REFINED = {"refined paper": "paper", "refined gradient": "gradient"}
 REFINEMENTS = (2, 4, 8)  # steps
+STEP_SIZES = {"step sizes of gradient": "gradient"}  # other settings of the 4 steps
 ALONE = "steps on the base alone"  # controls: what the base gives without an emulator
 STAND_INS = ("layers dropped", "magnitudes pruned", "smaller model")
 CLAMPS = {"clamp 1": 1.0, "no clamp": None}
 INTERPOLATIONS = (0.25, 0.5)
-KINDS = (*EMULATORS, *ABLATIONS, *USES, *REFINED, ALONE, *STAND_INS)
+KINDS = (*EMULATORS, *ABLATIONS, *USES, *REFINED, *STEP_SIZES, ALONE, *STAND_INS)
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,11 @@ def cells(base: str, bed: str, seed: int, kinds: tuple[str, ...], ratios: tuple[
                 yield Cell(base, bed, seed, kind, ratio)
 
 
+def falling(step: int, steps: int) -> float:
+    """The usual schedule, from the full rate at the first step to almost none at the last."""
+    return 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
 class Group:
     """The cells of one base, bed and seed: they share a calibration."""
 
@@ -104,7 +111,7 @@ class Group:
             return self._scores({"LoRA on the base": adapter}, zero=True)
         if cell.kind == ALONE:
             return self._alone()
-        if cell.kind in REFINED:
+        if cell.kind in {**REFINED, **STEP_SIZES}:
             return self._refined(cell)
         if cell.kind == "smaller model":
             return self._of_smaller_model(cell)
@@ -162,17 +169,27 @@ class Group:
         adapters = {}
         before: dict[str, Any] = {"base": str(self._base), "adapter": corrected, "data": self._train, "overwrite": True}
         reading: dict[str, Any] = {"max_length": LENGTH, "batch_size": BATCH, "seed": self._seed, "dtype": "float32"}
-        for steps in REFINEMENTS:
-            adapters[f"{steps} steps"] = self._work / f"{cell.name}-{steps}"
-            refine(steps=steps, output=adapters[f"{steps} steps"], **before, **reading)
+        for name, options in self._refinements(cell).items():
+            adapters[name] = self._work / f"{cell.name}-{name.replace(' ', '_')}"
+            # The schedule is no option of the stage: this bench is where it is shown to matter.
+            schedule = options.pop("schedule", refinement.rate)
+            with mock.patch.object(refinement, "rate", schedule):
+                refine(output=adapters[name], **options, **before, **reading)
         scores = self._scores(adapters)
         for folder in (lora, corrected, *adapters.values()):
             shutil.rmtree(folder)
         return scores
 
+    def _refinements(self, cell: Cell) -> dict[str, dict[str, Any]]:
+        """What `refine` is asked for, by the name of the variant."""
+        if cell.kind in REFINED:
+            return {f"{steps} steps": {"steps": steps} for steps in REFINEMENTS}
+        sizes: dict[str, dict[str, Any]] = {f"4 steps of {n:g}": {"steps": 4, "step_size": n} for n in (0.1, 0.4)}
+        return {**sizes, "4 steps, the first at full length": {"steps": 4, "schedule": falling}}
+
     def _alone(self) -> list[dict[str, Any]]:
         """LoRAs that saw the base alone: with as many samples as a refined one, and with its last steps only."""
-        steps, samples = REFINEMENTS[-1], refinement.SAMPLES
+        steps, samples = REFINEMENTS[-1], SAMPLES_PER_STEP
         small = {"--steps": self._steps + steps * samples // BATCH}
         large = {"--steps": steps, "--batch-size": samples, "--learning-rate": self._bed.learning_rate * LARGE_BATCH}
         adapters = {
@@ -216,7 +233,7 @@ class Group:
         return scores
 
     def _build(self, cell: Cell, emulator: Path) -> None:
-        options = dict({**EMULATORS, **ABLATIONS}[{**USES, **REFINED}.get(cell.kind, cell.kind)])
+        options = dict({**EMULATORS, **ABLATIONS}[{**USES, **REFINED, **STEP_SIZES}.get(cell.kind, cell.kind)])
         floor = options.pop("floor", None)
         calibration = options.pop("calibration", self._calibration())
         other = options.pop("ranks of", None)

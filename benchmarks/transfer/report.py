@@ -134,8 +134,8 @@ def _refined(table: Mapping[Key, Mapping[str, Any]]) -> Columns:
     for (base, bed, ratio, kind, variant), value in table.items():
         if kind == cells.ALONE:
             columns[base, 1.0, f"the base, {variant}"][bed] = value
-        if kind in cells.REFINED and ratio is not None:
-            of = cells.REFINED[kind]
+        if kind in {**cells.REFINED, **cells.STEP_SIZES} and ratio is not None:
+            of = {**cells.REFINED, **cells.STEP_SIZES}[kind]
             columns[base, ratio, f"{of}, corrected"][bed] = table[base, bed, ratio, of, "corrected"]
             columns[base, ratio, f"{of}, {variant}"][bed] = value
     return columns

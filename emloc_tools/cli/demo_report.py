@@ -139,5 +139,5 @@ def _of_ratio(result: DemoResult, ratio: float, bottom: float, top: float | None
         yield f"  Without the correction it would have been {-change:.3f} better ({raw:.3f})."
     refined = result.loss("base", ratio, "refined")
     if refined is not None:
-        part = "" if top is None or top >= bottom else f", {(bottom - refined) / (bottom - top):.0%} of that gain"
-        yield f"  Some steps on the base itself, which streamed by, took it to {refined:.3f}{part}."
+        of_gain = "" if top is None or top >= bottom else f", {(bottom - refined) / (bottom - top):.0%} of that gain"
+        yield f"  Some steps on the base itself, which streamed by, took it to {refined:.3f}{of_gain}."

@@ -62,7 +62,7 @@ def refine_pairs(
         name: LoraPair(_leaf(pair.A, device), _leaf(pair.B, device), pair.scaling) for name, pair in pairs.items()
     }
     optimizer = _optimizer(trained, step_size)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: math.sin(math.pi * (step + 0.5) / len(steps)))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, len(steps)))
     # Before the streaming begins, whose second runs of a unit keep only hooks that were there first.
     handles = attach_loras(model, [trained], lambda: 0)
     modules = dict(model.named_modules())
@@ -85,6 +85,11 @@ def refine_pairs(
     return {
         name: LoraPair(pair.A.detach().cpu(), pair.B.detach().cpu(), pair.scaling) for name, pair in trained.items()
     }, losses
+
+
+def rate(step: int, steps: int) -> float:
+    """The part of the step size that step 0, 1, … of `steps` has: half a sine. One step alone has all of it."""
+    return math.sin(math.pi * (step + 0.5) / steps)
 
 
 def _leaf(tensor: torch.Tensor, device: str) -> torch.Tensor:

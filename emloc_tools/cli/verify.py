@@ -101,7 +101,7 @@ def _draw(out: Console, result: Verification) -> None:
     rows += [("passed on", f"{count} {kind}") for kind, count in result.passed_on.items()]
     if result.renamed:
         old, new = next(iter(result.renamed.items()))
-        rows.append(("renamed", f"{len(result.renamed)} tensors, such as {old} to {new}"))
+        rows.append(("renamed", [f"{len(result.renamed)} tensors, such as", old, f"to {new}"]))
     if result.settings:
         rows.append(("set", f"{', '.join(result.settings)} in the configuration"))
     if result.folded:

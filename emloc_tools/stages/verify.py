@@ -38,8 +38,10 @@ class Verification:
     """Whether an adapter applies, and what was found on the way.
 
     `matching` of `tensors` have the names and shapes under which PEFT finds them on the base. `groups` has a row for
-    the pairs of all blocks together, `passed_on` says of what is no pair what becomes of it. `problems` are lines that
+    the pairs of all blocks together, `passed_on` counts by its kind what belongs to no pair. `problems` are lines that
     say why it does not apply, `warnings` what else to mind; `serving` is for each program that was asked for.
+    `refusal` is the first of the problems, also of the programs', and None if there are none.
+
     With `output`, the adapter that was written there is what all of this is about, except for `renamed`, `settings`
     and `folded`, which say what was changed to get it: names of tensors, fields of the configuration, and modules whose
     B was multiplied, with the factors.
@@ -57,18 +59,11 @@ class Verification:
     problems: list[str]
     warnings: list[str]
     serving: list[Serving]
+    refusal: str | None = None
     output: Path | None = None
     renamed: dict[str, str] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     folded: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def refusal(self) -> str | None:
-        """Why the adapter does not apply, or a program that was asked for would not serve it; None if all is well."""
-        if self.problems:
-            return self.problems[0]
-        found = [(each, problem) for each in self.serving for problem in each.problems]
-        return f"{found[0][0].release}: {found[0][1]}" if found else None
 
 
 @dataclass(frozen=True)
@@ -124,7 +119,7 @@ def verify(
             problems = _problems_with(found, emulator, base, result.architecture)
             result = replace(result, problems=[*result.problems, *problems])
         if output is None:
-            return result
+            return _judged(result)
         with new_folder(output, overwrite=overwrite) as folder:
             changes = _rewrite(found, opened.model, folder, command, opened.library, fix=fix, fold=fold_scaling)
             written, after = _verification(folder, base, opened, consumers)
@@ -133,7 +128,13 @@ def verify(
                 raise MismatchError(f"{after.problems[0].replace(str(folder), str(adapter))}; nothing was written")
     shown = [_at(each, folder, output) for each in after.serving]
     warnings = [warning.replace(str(folder), str(output)) for warning in after.warnings]
-    return replace(after, adapter=adapter, output=output, warnings=warnings, serving=shown, **changes)
+    return _judged(replace(after, adapter=adapter, output=output, warnings=warnings, serving=shown, **changes))
+
+
+def _judged(result: Verification) -> Verification:
+    """The result with its refusal."""
+    found = [*result.problems, *(f"{each.release}: {line}" for each in result.serving for line in each.problems)]
+    return replace(result, refusal=found[0] if found else None)
 
 
 def _require_use(consumers: Sequence[str], output: Path | None, *, rewriting: bool) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from emloc_tools.files.calibration import Calibration
 from emloc_tools.files.diffusers_lora import open_adapter
 from emloc_tools.files.emulator import Emulator
-from emloc_tools.files.manifest import AdapterManifest, GradientRecord, Selection
+from emloc_tools.files.manifest import AdapterManifest, GradientRecord, Refinement, Selection
 from emloc_tools.reporting.inspection import Inspection, of_base
 from emloc_tools.reporting.model_parts import dense_parts_of_emulator
 
@@ -146,6 +146,10 @@ def adapter(path: Path) -> Inspection:
     if selection is not None:
         chosen = selection.candidates[selection.chosen]
         facts |= {"chosen": f"{chosen.adapter} at scale {chosen.scale:g}", "held_out_loss": chosen.loss}
+    losses = [step.losses for step in refinements_of(manifest)]
+    if losses:
+        facts["refinement_steps"] = sum(map(len, losses))
+        facts["loss_before_steps"] = ", ".join(f"{loss:.4f}" for step in losses for loss in step)
     rows = []
     for name, keys in opened.loras.items():
         row: dict[str, Any] = {"layer": name, "rank": keys.rank, "scaling": keys.scaling}
@@ -163,10 +167,15 @@ def selection_of(manifest: AdapterManifest | None) -> Selection | None:
     return getattr(manifest, "selection", None)  # a field of some versions
 
 
+def refinements_of(manifest: AdapterManifest | None) -> list[Refinement]:
+    """The steps that a LoRA was trained on the base, by runs; none of one that was not."""
+    return getattr(manifest, "refinements", [])  # a field of one version
+
+
 def _sources(manifest: AdapterManifest | None) -> dict[str, str]:
     if manifest is None:
         return {}
-    before = [step.adapter for step in getattr(manifest, "refinements", [])]
+    before = [step.adapter for step in refinements_of(manifest)]
     return {
         "emulator": manifest.emulator,
         "trained adapter": manifest.trained_adapter,

@@ -165,6 +165,13 @@ def test_an_adapter_that_was_chosen_says_which_candidate_it_is(run: Run, tmp_pat
     assert facts["held_out_loss"] == candidate["loss"]
 
 
+def test_an_adapter_that_was_refined_says_how_far() -> None:
+    """Two steps and then one more; `ok-chosen-scaled`, from which it comes, had none."""
+    facts = inspect(GOLDEN / "ok-refined-again").facts
+    assert (facts["refinement_steps"], facts["loss_before_steps"]) == (3, "2.5000, 1.2500, 1.0000")
+    assert "refinement_steps" not in inspect(GOLDEN / "ok-chosen-scaled").facts
+
+
 def test_other_tensors_of_an_adapter_are_counted(run: Run, tmp_path: Path) -> None:
     pico.save_lora(tmp_path / "adapter", run.emulator, modules_to_save=["lm_head"])
     assert inspect(tmp_path / "adapter").facts["other_tensors"] == 1

@@ -114,7 +114,7 @@ def _warn(results: Sequence[Evaluation], quiet: bool) -> None:
     without = {result.model: result.loss for result in results if result.adapter is None}
     for result in results:
         if result.adapter is not None and result.model == "base" and result.loss >= without["base"]:
-            advice = "try a larger --ratio, calibrate on data of the task itself, and with --gradients"
+            advice = "refine it, try a larger --ratio, calibrate on data of the task itself, and with --gradients"
             if not result.corrected:
                 advice = "if it was trained on an emulator, run emloc-tools correct first"
             console.warn(

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from emloc_tools.stages.trainer_config import Trainer, TrainerConfig
 
-TRAINERS = ("trl", "transformers", "accelerate", "axolotl", "llamafactory", "ms-swift")
+TRAINERS = ("trl", "transformers", "accelerate", "axolotl", "llamafactory", "ms-swift", "unsloth")
 EXAMPLE = """Examples:
 
 \b
@@ -44,6 +44,7 @@ POSITIVE = click.IntRange(min=1)
 @click.option("--epochs", type=POSITIVE, default=1, show_default=True, help="How often to go through the data.")
 @click.option("--steps", type=POSITIVE, help="Gradient steps, instead of --epochs.")
 @click.option("--max-length", type=click.IntRange(min=2), default=2048, show_default=True, help="Tokens per sample.")
+@click.option("--four-bits", is_flag=True, help="Hold the emulator in 4 bits while training, by bitsandbytes.")
 @click.option("--output", type=options.FILE, required=True, help="File to write.")
 @click.option("--overwrite", is_flag=True, help="Replace existing files.")
 @options.report_options
@@ -59,6 +60,7 @@ def trainer_config(
     epochs: int,
     steps: int | None,
     max_length: int,
+    four_bits: bool,
     output: Path,
     overwrite: bool,
     as_json: bool,
@@ -67,8 +69,9 @@ def trainer_config(
     """Write a trainer's configuration for an emulator.
 
     A YAML file for TRL, axolotl, LLaMA-Factory (with its dataset_info.json beside it) and ms-swift, a program for
-    transformers and accelerate. It is ready to run where the trainer is installed, and has what an emulator needs: code
-    from its folder, its dtype, and a plain LoRA on the layers that are factors. Paths in it are those given here.
+    transformers, accelerate and Unsloth. It is ready to run where the trainer is installed, and has what an emulator
+    needs: code from its folder, its dtype, and a plain LoRA on the layers that are factors. Paths in it are those given
+    here.
     """
     from emloc_tools.cli import console
     from emloc_tools.stages.trainer_config import trainer_config as run
@@ -86,6 +89,7 @@ def trainer_config(
         epochs=epochs,
         steps=steps,
         max_length=max_length,
+        four_bits=four_bits,
         overwrite=overwrite,
     )
     console.emit(written, as_json=as_json, quiet=quiet, draw=lambda out: _draw(out, written))
@@ -98,7 +102,7 @@ def _draw(out: Console, written: TrainerConfig) -> None:
     rows: list[tuple[str, Any]] = [
         ("files", [console.Verbatim(path) for path in written.files]),
         ("LoRA", f"rank {settings.rank}, alpha {settings.alpha}, on {', '.join(settings.targets)}"),
-        ("dtype", settings.dtype),
+        ("dtype", settings.dtype + (", held in 4 bits" if settings.four_bits else "")),
         ("run", console.Verbatim(written.run)),
         ("then", console.Verbatim(settings.next_command)),
     ]

@@ -19,7 +19,7 @@ from emloc_tools.stages.refusals import require_apart, require_artifact
 from emloc_tools.trainers import axolotl, llama_factory, ms_swift, programs, trl
 from emloc_tools.trainers.settings import DataKind, Settings
 
-Trainer = Literal["trl", "transformers", "accelerate", "axolotl", "llamafactory", "ms-swift"]
+Trainer = Literal["trl", "transformers", "accelerate", "axolotl", "llamafactory", "ms-swift", "unsloth"]
 WRITERS: dict[Trainer, Callable[[Settings, str], Mapping[str, str]]] = {
     "trl": trl.files,
     "transformers": programs.with_transformers,
@@ -27,6 +27,7 @@ WRITERS: dict[Trainer, Callable[[Settings, str], Mapping[str, str]]] = {
     "axolotl": axolotl.files,
     "llamafactory": llama_factory.files,
     "ms-swift": ms_swift.files,
+    "unsloth": programs.with_unsloth,
 }
 RUN: dict[Trainer, str] = {
     "trl": "trl sft --config {}",
@@ -35,6 +36,7 @@ RUN: dict[Trainer, str] = {
     "axolotl": "axolotl train {}",
     "llamafactory": "llamafactory-cli train {}",
     "ms-swift": "swift sft {}",
+    "unsloth": "python {}",
 }
 DTYPES = {"torch.float32": "float32", "torch.bfloat16": "bfloat16", "torch.float16": "float16"}
 LARGEST_RANK = 16  # by default; serving programs such as vLLM take it without a flag
@@ -64,6 +66,7 @@ def trainer_config(
     epochs: int = 1,
     steps: int | None = None,
     max_length: int = 2048,
+    four_bits: bool = False,
     overwrite: bool = False,
 ) -> TrainerConfig:
     """Write to `output` a configuration, or a program, by which `trainer` trains a plain LoRA on `emulator`.
@@ -71,7 +74,7 @@ def trainer_config(
     From the emulator come the dtype, the LoRA's targets (the names of its factored layers; where only experts are
     factored, of the linear layers of its blocks) and by default its rank: the largest power of two up to 16 that is not
     above the smallest rank of a factored layer. The scaling is alpha / rank = 2. What kind of data it is says the first
-    line of `data`.
+    line of `data`. `four_bits` has the trainer hold the emulator in 4 bits, which needs bitsandbytes there.
 
     Raises `UnsupportedError` for an emulator of something else than a causal language model of text, `InputError` for
     data without `text`, `messages`, or `prompt` and `completion`, and for an output that exists.
@@ -102,6 +105,7 @@ def trainer_config(
         epochs=epochs,
         steps=steps,
         max_length=max_length,
+        four_bits=four_bits,
         next_command=shlex.join(["emloc-tools", *map(str, correct)]),
     )
     texts = {Path(name): text for name, text in WRITERS[trainer](settings, str(output)).items()}

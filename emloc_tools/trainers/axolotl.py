@@ -29,9 +29,9 @@ def files(settings: Settings, name: str) -> Mapping[str, str]:
         "base_model": settings.emulator,
         "#trust": "The emulator's class is a file in its folder; without this it does not load.",
         "trust_remote_code": True,
-        "#quantisation": "The emulator is small already, and is no quantised model.",
+        "#quantisation": _says_of_bits(settings),
         "load_in_8bit": False,
-        "load_in_4bit": False,
+        "load_in_4bit": settings.four_bits,
         "bf16": settings.dtype == "bfloat16",
         "fp16": settings.dtype == "float16",
         "tf32": False,
@@ -40,7 +40,7 @@ def files(settings: Settings, name: str) -> Mapping[str, str]:
         "val_set_size": 0,
         "sequence_len": settings.max_length,
         "#lora": "Plain LoRA on the layers that are factors. The fused LoRA kernels read dense weights: they stay off.",
-        "adapter": "lora",
+        "adapter": "qlora" if settings.four_bits else "lora",
         "lora_r": settings.rank,
         "lora_alpha": settings.alpha,
         "lora_dropout": 0.0,
@@ -61,3 +61,9 @@ def files(settings: Settings, name: str) -> Mapping[str, str]:
         "output_dir": settings.adapter,
     }
     return {name: yaml(lines)}
+
+
+def _says_of_bits(settings: Settings) -> str:
+    if settings.four_bits:
+        return "The emulator's layers are held in 4 bits, by bitsandbytes."
+    return "The emulator is small already, and is no quantised model."

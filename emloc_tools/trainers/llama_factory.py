@@ -10,6 +10,13 @@ from typing import Any
 from emloc_tools.trainers.settings import DataKind, Settings, heading, yaml
 
 INFO = "dataset_info.json"
+FOUR_BITS = {
+    "#four bits": "The emulator's layers are held in 4 bits, by bitsandbytes.",
+    "quantization_method": "bnb",
+    "quantization_bit": 4,
+    "quantization_type": "nf4",
+    "double_quantization": True,
+}
 COLUMNS: dict[DataKind, dict[str, Any]] = {
     "text": {"columns": {"prompt": "text"}},
     "messages": {
@@ -52,6 +59,7 @@ def files(settings: Settings, name: str) -> Mapping[str, str]:
         "#dtype": "Without one of these the weights become float32.",
         "bf16": settings.dtype == "bfloat16",
         "fp16": settings.dtype == "float16",
+        **(FOUR_BITS if settings.four_bits else {}),
         "#checkpointing": "Gradient checkpointing is on unless disable_gradient_checkpointing is set.",
         "per_device_train_batch_size": settings.batch_size,
         "gradient_accumulation_steps": settings.accumulation,

@@ -6,6 +6,12 @@ from collections.abc import Mapping
 
 from emloc_tools.trainers.settings import Settings, heading, yaml
 
+FOUR_BITS = {
+    "#four bits": "The emulator's layers are held in 4 bits, by bitsandbytes.",
+    "quant_method": "bnb",
+    "quant_bits": 4,
+}
+
 
 def files(settings: Settings, name: str) -> Mapping[str, str]:
     """The configuration. ms-swift finds `messages` by their name; other columns are mapped to its own."""
@@ -18,6 +24,7 @@ def files(settings: Settings, name: str) -> Mapping[str, str]:
         "#hub": "Nothing is looked up elsewhere; ms-swift runs the code in a model's folder in any case.",
         "use_hf": True,
         "torch_dtype": settings.dtype,
+        **(FOUR_BITS if settings.four_bits else {}),
         **template,
         "dataset": [settings.data],
         **mapped,

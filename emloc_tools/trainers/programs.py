@@ -1,4 +1,4 @@
-"""transformers and accelerate: the programs in `scripts/`, with the settings of one training in them.
+"""transformers, accelerate and Unsloth: the programs in `scripts/`, with the settings of one training in them.
 
 They are files of their own and not texts in here, so that they are checked like all other code.
 """
@@ -25,6 +25,11 @@ def with_accelerate(settings: Settings, name: str) -> Mapping[str, str]:
     return {name: _filled("train_with_accelerate.py", settings)}
 
 
+def with_unsloth(settings: Settings, name: str) -> Mapping[str, str]:
+    """A program on Unsloth and TRL."""
+    return {name: _filled("train_with_unsloth.py", settings)}
+
+
 def _filled(script: str, settings: Settings) -> str:
     """The program with each of its constants set anew: the lines `NAME = …` at its beginning."""
     text = (SCRIPTS / script).read_text(encoding="utf-8")
@@ -33,6 +38,7 @@ def _filled(script: str, settings: Settings) -> str:
         "DATA": settings.data,
         "ADAPTER": settings.adapter,
         "DTYPE": settings.dtype,
+        "FOUR_BITS": settings.four_bits,
         "TARGETS": list(settings.targets),
         "RANK": settings.rank,
         "ALPHA": settings.alpha,

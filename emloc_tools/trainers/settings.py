@@ -15,7 +15,7 @@ class Settings:
     """A LoRA training. Paths are as the user gave them.
 
     `data` is JSONL of the kind `kind`. `dtype` is that of the emulator's weights, `steps` None for whole `epochs`.
-    `next_command` corrects the trained LoRA in `adapter`.
+    `next_command` corrects the trained LoRA in `adapter`. `four_bits` holds the emulator in 4 bits, by bitsandbytes.
     """
 
     emulator: str
@@ -33,6 +33,7 @@ class Settings:
     steps: int | None
     max_length: int
     next_command: str
+    four_bits: bool = False
 
     @property
     def length(self) -> dict[str, int]:

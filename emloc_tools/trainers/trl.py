@@ -6,6 +6,13 @@ from collections.abc import Mapping
 
 from emloc_tools.trainers.settings import Settings, heading, yaml
 
+FOUR_BITS = {
+    "#four bits": "The emulator's layers are held in 4 bits, by bitsandbytes.",
+    "load_in_4bit": True,
+    "bnb_4bit_quant_type": "nf4",
+    "use_bnb_nested_quant": True,
+}
+
 
 def files(settings: Settings, name: str) -> Mapping[str, str]:
     """The configuration. TRL knows all three kinds of data by their columns."""
@@ -18,6 +25,7 @@ def files(settings: Settings, name: str) -> Mapping[str, str]:
         "dtype": settings.dtype,
         "bf16": settings.dtype == "bfloat16",
         "fp16": settings.dtype == "float16",
+        **(FOUR_BITS if settings.four_bits else {}),
         "datasets": [{"path": "json", "data_files": settings.data}],
         "max_length": settings.max_length,
         "#lora": "Plain LoRA on the layers that are factors. DoRA could not be corrected.",

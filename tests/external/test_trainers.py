@@ -106,6 +106,13 @@ def test_two_processes_share_the_work(trained: Outcomes) -> None:
     assert "processes: 2 (MULTI_CPU)" in trained["ddp"].log
 
 
+def test_4_bits_are_another_training(trained: Outcomes) -> None:
+    """Same data, seed and steps: were the factors as they are in the file, all losses would be the same."""
+    four, stored = trained["trl, 4 bits"].losses, trained["trl"].losses
+    assert four != stored
+    assert four == pytest.approx(stored, rel=0.05)  # on a random model of which half the weights are left anyway
+
+
 def test_without_trust_nothing_is_trained(refused: Outcomes, way: str) -> None:
     outcome = refused[way]
     assert outcome.status != 0

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from emloc_tools.stages.trainer_config import Trainer, trainer_config
+from click.testing import CliRunner
+
+from emloc_tools.cli import main
 from tests import pico
 from tests.external.environments import TRAINERS, Environment
 from tests.external.workshop import Case
 
 STEPS = 8
 SECONDS = 150  # a run takes some ten; processes that wait for each other must not wait for ever
-LOSS = re.compile(r"(?:'loss': '?|: loss )(\d+\.\d+)")
+LOSS = re.compile(r"(?:'loss': '?|: loss |\bloss=)(\d+\.\d+)")
 REFUSED = re.compile("ignore_mismatched_sizes|size mismatch")  # what transformers says of the guard
 TRUST = {".yaml": ("trust_remote_code: true", "trust_remote_code: false")}
 TRUST[".py"] = ("TRUST_REMOTE_CODE = True", "TRUST_REMOTE_CODE = False")
+SMALL = ("--steps", f"{STEPS}", "--batch-size", "4", "--accumulation", "1", "--learning-rate", "1e-2")
 DATA = {
     "text": [{"text": f"Numbers such as {n} and {n + 1} follow each other."} for n in range(16)],
     "prompt": [{"prompt": f"After {n} comes", "completion": f" {n + 1}."} for n in range(16)],
@@ -34,27 +39,46 @@ DATA = {
 class Way:
     """A trainer, how it is started on its file, and the kind of data that it gets."""
 
-    trainer: Trainer
+    trainer: str
     command: tuple[str, ...]
     data: str
     suffix: str = ".yaml"
     programs: Path = Environment(TRAINERS).folder / "bin"
     can_refuse: bool = True  # ms-swift runs a model's code in any case
+    four_bits: bool = False
+
+    @property
+    def written_by(self) -> list[str]:
+        """The command that writes its file, in a folder with `emulator` and `train.jsonl`."""
+        files = ("--emulator", "emulator", "--data", "train.jsonl", "--output", f"train{self.suffix}")
+        bits = ("--four-bits",) if self.four_bits else ()
+        return ["trainer-config", "--trainer", self.trainer, *files, *SMALL, "--max-length", "64", *bits]
 
 
 LAUNCH = ("accelerate", "launch", "--num_processes", "2")
+FSDP = ("--use_fsdp", "--fsdp_version", "2", "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP")
+TRL, DDP = ("trl", "sft", "--config"), (*LAUNCH, "--multi_gpu")
 WAYS = {
     "transformers": Way("transformers", ("python", "-I"), "prompt", ".py"),
-    "trl": Way("trl", ("trl", "sft", "--config"), "text"),
-    "ddp": Way("accelerate", (*LAUNCH, "--multi_gpu"), "messages", ".py"),
+    "trl": Way("trl", TRL, "text"),
+    "ddp": Way("accelerate", DDP, "messages", ".py"),
+    "trl, 4 bits": Way("trl", TRL, "text", four_bits=True),
 }
-FSDP = ("--use_fsdp", "--fsdp_version", "2", "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP")
-SLOW_WAYS = {"fsdp2": Way("accelerate", (*LAUNCH, *FSDP), "messages", ".py")}
+SLOW_WAYS = {
+    "fsdp2": Way("accelerate", (*LAUNCH, *FSDP), "messages", ".py"),
+    "transformers, 4 bits": Way("transformers", ("python", "-I"), "prompt", ".py", four_bits=True),
+    "ddp, 4 bits": Way("accelerate", DDP, "messages", ".py", four_bits=True),
+}
 # Each needs an environment of its own, with the dependencies that its release asks for.
 OTHER_WAYS = {
     "axolotl": Way("axolotl", ("axolotl", "train"), "messages"),
+    "axolotl, 4 bits": Way("axolotl", ("axolotl", "train"), "messages", four_bits=True),
     "llamafactory": Way("llamafactory", ("llamafactory-cli", "train"), "messages"),
+    "llamafactory, 4 bits": Way("llamafactory", ("llamafactory-cli", "train"), "messages", four_bits=True),
+    "unsloth": Way("unsloth", ("python", "-I"), "text", ".py"),
+    "unsloth, 4 bits": Way("unsloth", ("python", "-I"), "text", ".py", four_bits=True),
     "ms-swift": Way("ms-swift", ("swift", "sft"), "messages", can_refuse=False),
+    "ms-swift, 4 bits": Way("ms-swift", ("swift", "sft"), "messages", can_refuse=False, four_bits=True),
 }
 
 
@@ -77,16 +101,22 @@ def train_all(case: Case, root: Path, ways: Mapping[str, Way], *, trust: bool) -
     outcomes: dict[str, Outcome] = {}
     names = list(ways)
     for pair in (names[start : start + 2] for start in range(0, len(names), 2)):
-        outcomes |= _train({name: _write(case, root / name, ways[name], trust=trust) for name in pair}, root, ways)
+        files = {name: _write(case, root / name, ways[name], trust=trust) for name in pair}
+        commands = {
+            name: ([str(ways[name].programs / ways[name].command[0]), *ways[name].command[1:], path.name], path.parent)
+            for name, path in files.items()
+        }
+        outcomes |= run_beside(commands, {name: ways[name].programs for name in pair})
     return outcomes
 
 
 def _write(case: Case, folder: Path, way: Way, *, trust: bool) -> Path:
     folder.mkdir(parents=True)
-    data = pico.write_jsonl(folder / "train.jsonl", DATA[way.data])
-    path = folder / f"config{way.suffix}"
-    small = {"steps": STEPS, "batch_size": 4, "accumulation": 1, "learning_rate": 1e-2, "max_length": 64}
-    trainer_config(trainer=way.trainer, emulator=case.emulator, data=data, output=path, lora=folder / "lora", **small)
+    for name, target in (("emulator", case.emulator), ("base", case.base)):
+        (folder / name).symlink_to(target)
+    pico.write_jsonl(folder / "train.jsonl", DATA[way.data])
+    emloc_tools(way.written_by, folder)
+    path = folder / f"train{way.suffix}"
     if not trust:
         assert way.can_refuse
         text, (trusting, untrusting) = path.read_text(encoding="utf-8"), TRUST[way.suffix]
@@ -95,33 +125,50 @@ def _write(case: Case, folder: Path, way: Way, *, trust: bool) -> Path:
     return path
 
 
-def _train(files: Mapping[str, Path], root: Path, ways: Mapping[str, Way]) -> dict[str, Outcome]:
-    variables = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HOME": str(root)}
-    variables["AXOLOTL_DO_NOT_TRACK"] = "1"
+def emloc_tools(arguments: list[str], folder: Path) -> str:
+    """Run a command of ours in a folder, and return the line that a user would type."""
+    with working_in(folder):
+        result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.output
+    return shlex.join(["emloc-tools", *arguments])
+
+
+@contextmanager
+def working_in(folder: Path) -> Iterator[None]:
+    """Paths are relative to a folder for a while."""
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+def run_beside(commands: Mapping[str, tuple[list[str], Path]], programs: Mapping[str, Path]) -> dict[str, Outcome]:
+    """Run commands at the same time, each in its folder, with nothing of the tests' environment in theirs."""
     running: dict[str, subprocess.Popen[bytes]] = {}
     outcomes = {}
     try:
-        for name, path in files.items():
-            programs, (program, *options) = ways[name].programs, ways[name].command
-            with path.with_suffix(".log").open("wb") as log:
+        for name, (command, folder) in commands.items():
+            variables = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+            variables |= {"HOME": str(folder.parent), "HF_HOME": str(folder / "hf"), "AXOLOTL_DO_NOT_TRACK": "1"}
+            variables["UNSLOTH_DISABLE_STATISTICS"] = "1"
+            variables["PATH"] = f"{programs[name]}:{os.environ['PATH']}"
+            with (folder / "log.txt").open("wb") as log:
                 running[name] = subprocess.Popen(
-                    [str(programs / program), *options, str(path)],
+                    command,
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,
-                    cwd=path.parent,
-                    env={
-                        **variables,
-                        "PATH": f"{programs}:{os.environ['PATH']}",
-                        "HF_HOME": str(path.parent / "hf"),
-                    },
+                    cwd=folder,
+                    env=variables,
                     start_new_session=True,  # a launcher starts processes of its own
                 )
-        for name, path in files.items():
+        for name, (_, folder) in commands.items():
             status = running[name].wait(SECONDS)
-            log_text = path.with_suffix(".log").read_text(encoding="utf-8", errors="replace")
-            written = sorted((path.parent / "lora").rglob("adapter_model.safetensors"))  # ms-swift adds a folder
-            outcomes[name] = Outcome(status, log_text, written[-1].parent if written else path.parent / "lora")
+            text = (folder / "log.txt").read_text(encoding="utf-8", errors="replace")
+            written = sorted((folder / "lora").rglob("*.safetensors"))  # ms-swift adds a folder
+            outcomes[name] = Outcome(status, text, written[-1].parent if written else folder / "lora")
     finally:
         for process in running.values():
             if process.poll() is None:

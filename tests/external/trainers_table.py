@@ -1,79 +1,116 @@
-"""Run every trainer on an emulator and write the table of docs/trainers.md.
+"""Run every trainer on an emulator and record the runs, from which the pages on trainers are made.
 
-    python -m tests.external.trainers_table [NAME=FOLDER ...]
+    python -m tests.external.trainers_table [--only-given] [NAME=FOLDER ...] [dreambooth=SCRIPT]
 
-TRL, transformers and accelerate run in `.venv-trainer-trl`. Of the others, those run whose virtual environment is
-given, such as `axolotl=../axolotl-env`; the rows of the rest stay as they were recorded.
+TRL, transformers and accelerate run in `.venv-trainer-trl`, unless `--only-given`. Of the others, those run whose
+virtual environment is given, such as `axolotl=../axolotl-env`. `dreambooth=../train_dreambooth_lora_flux.py` is a
+script of diffusers, and runs in the environment given by `diffusers=…`. The records of the rest stay as they are.
 """
 
 from __future__ import annotations
 
+import json
+import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import peft
 import transformers
 from safetensors.torch import load_file
 
-from emloc_tools.stages.correct import correct
-from tests.external.environments import ROOT
-from tests.external.trainers import OTHER_WAYS, REFUSED, SLOW_WAYS, WAYS, Outcome, Way, train_all
+from docs.trainer_pages import RECORD, write_pages
+from tests.external.dreambooth import dreambooth
+from tests.external.trainers import (
+    OTHER_WAYS,
+    REFUSED,
+    SLOW_WAYS,
+    WAYS,
+    Outcome,
+    Way,
+    emloc_tools,
+    train_all,
+)
 from tests.external.workshop import Case, make_case
 
-PAGE = ROOT / "docs" / "trainers.md"
-BEGIN, END = "<!-- trainers: begin -->", "<!-- trainers: end -->"
-COLUMNS = (
-    *("trainer", "releases", "started by", "loss first → last", "keys as on the base"),
-    *("corrected, on the base", "without trust"),
-)
-HEADER = f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|\n"
-PACKAGES = {"ddp": "accelerate", "fsdp2": "accelerate"}
-NAMES = {"ddp": "accelerate, DDP", "fsdp2": "accelerate, FSDP2", "llamafactory": "LLaMA-Factory", "trl": "TRL"}
+PROGRESS = re.compile(r"\d+%\||it/s|s/it|^\s*$|FutureWarning|UserWarning|warnings\.warn")
+ALL_WAYS = {**WAYS, **SLOW_WAYS, **OTHER_WAYS}
 
 
 def main(arguments: list[str]) -> None:
-    """Run and write."""
-    given = dict(argument.split("=", 1) for argument in arguments)
-    ways = {**WAYS, **SLOW_WAYS}
-    ways |= {name: replace(OTHER_WAYS[name], programs=Path(given[name]).absolute() / "bin") for name in given}
+    """Run and record."""
+    only_given = "--only-given" in arguments
+    pairs = (argument.split("=", 1) for argument in arguments if argument != "--only-given")
+    given = {name: Path(value).absolute() for name, value in pairs}
+    others = {name: way for name, way in OTHER_WAYS.items() if way.trainer in given}
+    ways = {} if only_given else {**WAYS, **SLOW_WAYS}
+    ways |= {name: replace(way, programs=given[way.trainer] / "bin") for name, way in others.items()}
+    records: dict[str, Any] = json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.is_file() else {}
     with tempfile.TemporaryDirectory() as folder:
         case = make_case("llama", Path(folder, "llama"))
         trained = train_all(case, Path(folder, "trusting"), ways, trust=True)
         refusing = {name: way for name, way in ways.items() if way.can_refuse}
         refused = train_all(case, Path(folder, "untrusting"), refusing, trust=False)
-        rows = {row_name(name): row(name, ways[name], case, trained[name], refused.get(name)) for name in ways}
-    text = PAGE.read_text(encoding="utf-8")
-    before, _, rest = text.partition(BEGIN)
-    recorded, _, after = rest.partition(END)
-    for line in recorded.splitlines():
-        if line.startswith("| ") and not line.startswith("| trainer "):
-            rows.setdefault(line.split("|")[1].strip(), line + "\n")
-    order = [row_name(name) for name in (*WAYS, *SLOW_WAYS, *OTHER_WAYS)]
-    table = HEADER + "".join(rows[name] for name in order if name in rows)
-    PAGE.write_text(f"{before}{BEGIN}\n\n{table}\n{END}{after}", encoding="utf-8")
-    print(table)
+        for name, way in ways.items():
+            records[name] = record(way, case, Path(folder, "trusting", name), trained[name], refused.get(name))
+        if "dreambooth" in given:
+            records["diffusers"] = dreambooth(Path(folder, "dreambooth"), given["dreambooth"], given["diffusers"])
+    records = {name: records[name] for name in (*ALL_WAYS, "diffusers") if name in records}
+    RECORD.write_text(json.dumps(records, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_pages()
+    for name, found in records.items():
+        print(name, found["losses"], found["keys"], found["corrected"], found["untrusted"])
 
 
-def row_name(name: str) -> str:
-    """What the table calls a way to train."""
-    return NAMES.get(name, name)
-
-
-def row(name: str, way: Way, case: Case, trained: Outcome, refused: Outcome | None) -> str:
-    """One line of the table."""
-    releases = versions(way, [PACKAGES.get(name, name), "transformers", "peft"])
-    cells = [row_name(name), releases, f"`{' '.join(way.command)}`"]
+def record(way: Way, case: Case, folder: Path, trained: Outcome, refused: Outcome | None) -> dict[str, Any]:
+    """What a page says of one run; without losses if it failed, and then with the end of what it printed."""
+    start = " ".join([*way.command, f"train{way.suffix}"])
+    commands = [" ".join(["emloc-tools", *way.written_by]), start]
+    found: dict[str, Any] = {
+        "page": way.trainer,
+        "four_bits": way.four_bits,
+        "releases": versions(way, [way.trainer, "transformers", "peft", *(["bitsandbytes"] if way.four_bits else [])]),
+        "started": " ".join(way.command),
+        "files": shown(folder, way, case),
+        "losses": [],
+        "keys": None,
+        "corrected": None,
+        "untrusted": "always runs the code" if refused is None else refusal(refused),
+    }
     if trained.status:
-        return f"| {' | '.join([*cells, 'failed: ' + trained.log.strip().splitlines()[-1], '', '', ''])} |\n"
-    cells.append(f"{trained.losses[0]:.2f} → {trained.losses[-1]:.2f}")
-    cells.append("yes" if keys_are_those_of_the_base(case, trained.adapter) else "**no**")
-    cells.append("loads" if loads_corrected(case, trained.adapter) else "**does not load**")
-    cells.append("always runs the code" if refused is None else refusal(refused))
-    return f"| {' | '.join(cells)} |\n"
+        return {**found, "commands": commands, "log": plain(trained.log, folder)[-3:]}
+    adapter = str(trained.adapter.relative_to(folder))
+    files = ["--emulator", "emulator", "--adapter", adapter, "--base", "base", "--output", "corrected"]
+    commands.append(emloc_tools(["correct", *files], folder))
+    return {
+        **found,
+        "commands": commands,
+        "log": [line for line in plain(trained.log, folder) if "loss" in line][-3:],
+        "losses": [trained.losses[0], trained.losses[-1]],
+        "keys": keys_are_those_of_the_base(case, trained.adapter),
+        "corrected": loads(case, folder / "corrected"),
+    }
+
+
+def shown(folder: Path, way: Way, case: Case) -> dict[str, str]:
+    """The written files; of a program its settings. Folders of this run bear the names that they have in commands."""
+    texts = {}
+    for path in (folder / f"train{way.suffix}", folder / "dataset_info.json"):
+        if path.is_file():
+            text = path.read_text(encoding="utf-8").replace(str(case.base), "base").replace(str(folder), "/path/to")
+            settings = re.search(r"^EMULATOR = .*?^NEXT = .*?$", text, flags=re.MULTILINE | re.DOTALL)
+            texts[path.name] = settings[0] + "\n" if settings else text
+    return texts
+
+
+def plain(log: str, folder: Path) -> list[str]:
+    """Lines of output without progress bars, colours and the folder of this run."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", log).replace(str(folder), ".")
+    return [line.strip() for line in re.split(r"[\r\n]+", text) if not PROGRESS.search(line)]
 
 
 def versions(way: Way, packages: list[str]) -> str:
@@ -94,10 +131,8 @@ def keys_are_those_of_the_base(case: Case, adapter: Path) -> bool:
     return expected == {n: t.shape for n, t in load_file(adapter / "adapter_model.safetensors").items()}
 
 
-def loads_corrected(case: Case, adapter: Path) -> bool:
+def loads(case: Case, corrected: Path) -> bool:
     """Whether the corrected adapter loads on the base with no key missing or left over."""
-    corrected = adapter.parent / f"{adapter.name}-corrected"
-    correct(emulator=case.emulator, adapter=adapter, base=str(case.base), output=corrected)
     base = transformers.AutoModelForCausalLM.from_pretrained(case.base)
     status = peft.PeftModel.from_pretrained(base, corrected).load_adapter(corrected, "again")
     return not status.missing_keys and not status.unexpected_keys

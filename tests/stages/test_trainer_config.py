@@ -20,7 +20,8 @@ from tests.conftest import Run
 
 ALL = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
 YAML: tuple[Trainer, ...] = ("trl", "axolotl", "llamafactory", "ms-swift")
-PROGRAMS: tuple[Trainer, ...] = ("transformers", "accelerate")
+PROGRAMS: tuple[Trainer, ...] = ("transformers", "accelerate", "unsloth")
+OWN_LOOPS: tuple[Trainer, ...] = ("transformers", "accelerate")  # and with them what encodes the data
 # How each calls: the emulator, the LoRA's rank, its alpha, its targets, and steps.
 NAMES = {
     "trl": ("model_name_or_path", "lora_r", "lora_alpha", "lora_target_modules"),
@@ -29,7 +30,9 @@ NAMES = {
     "ms-swift": ("model", "lora_rank", "lora_alpha", "target_modules"),
     "transformers": ("EMULATOR", "RANK", "ALPHA", "TARGETS"),
     "accelerate": ("EMULATOR", "RANK", "ALPHA", "TARGETS"),
+    "unsloth": ("EMULATOR", "RANK", "ALPHA", "TARGETS"),
 }
+SAME = ("encode", "quantisation")  # functions that both programs have
 RECORDS = {
     "text": {"text": "One two three four."},
     "messages": {"messages": [{"role": "user", "content": "Two?"}, {"role": "assistant", "content": "Three."}]},
@@ -121,7 +124,7 @@ def test_the_kind_of_data_is_read_from_its_first_line(run: Run, tmp_path: Path, 
     assert all(key in json.dumps(source) for key in RECORDS[kind])
 
 
-@pytest.mark.parametrize("trainer", PROGRAMS)
+@pytest.mark.parametrize("trainer", OWN_LOOPS)
 @pytest.mark.parametrize("kind", RECORDS)
 def test_programs_encode_records_and_label_what_is_to_be_learnt(
     run: Run, tmp_path: Path, trainer: Trainer, kind: str
@@ -142,14 +145,14 @@ def test_programs_encode_records_and_label_what_is_to_be_learnt(
     assert (skipped > 0) is (kind == "prompt")
 
 
-def test_both_programs_encode_alike(run: Run, tmp_path: Path) -> None:
+def test_both_programs_encode_and_quantise_alike(run: Run, tmp_path: Path) -> None:
     """Each is a file of its own, so they hold the same text twice."""
     texts = []
-    for trainer in PROGRAMS:
+    for trainer in OWN_LOOPS:
         write(run, tmp_path / trainer, trainer)
         functions = ast.parse((tmp_path / trainer / "config").read_text()).body
-        texts.append([ast.unparse(node) for node in functions if getattr(node, "name", "") == "encode"])
-    assert len(texts[0]) == 1
+        texts.append([ast.unparse(node) for node in functions if getattr(node, "name", "") in SAME])
+    assert len(texts[0]) == len(SAME)
     assert texts[0] == texts[1]
 
 

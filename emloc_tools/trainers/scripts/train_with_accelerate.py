@@ -19,13 +19,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, DataCollatorForSeq2Seq
 
 EMULATOR = "emulator"
 TRUST_REMOTE_CODE = True  # the emulator's class is a file in its folder; without this it does not load
 DATA = "train.jsonl"  # a line is an object with text, messages, or prompt and completion
 ADAPTER = "lora"  # where the LoRA goes
 DTYPE = "bfloat16"
+FOUR_BITS = False  # hold the emulator in 4 bits, by bitsandbytes
 TARGETS = ["q_proj", "v_proj"]
 RANK = 16
 ALPHA = 32
@@ -47,7 +48,7 @@ def main() -> None:
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     lines = Path(DATA).read_text(encoding="utf-8").splitlines()
     samples: Any = [encode(json.loads(line), tokenizer) for line in lines if line.strip()]
-    model = adapted_model()
+    model = adapted_model(accelerator.device)
     optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=LEARNING_RATE)
     collator = DataCollatorForSeq2Seq(tokenizer)  # pads labels with -100, which the loss ignores
     loader: Any = torch.utils.data.DataLoader(samples, batch_size=BATCH_SIZE, shuffle=True, collate_fn=collator)
@@ -63,15 +64,28 @@ def main() -> None:
     accelerator.end_training()
 
 
-def adapted_model() -> Any:
+def adapted_model(device: torch.device) -> Any:
     """The emulator with a plain LoRA: DoRA's magnitudes would belong to the emulator, and PiSSA changes its weights."""
     model = AutoModelForCausalLM.from_pretrained(
-        EMULATOR, dtype=getattr(torch, DTYPE), trust_remote_code=TRUST_REMOTE_CODE
+        EMULATOR, dtype=getattr(torch, DTYPE), trust_remote_code=TRUST_REMOTE_CODE, **quantisation(device)
     )
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
     config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=TARGETS, task_type="CAUSAL_LM")
     return get_peft_model(model, config)
+
+
+def quantisation(device: torch.device) -> dict[str, Any]:
+    """How bitsandbytes is to hold the emulator, if it is, and where."""
+    if not FOUR_BITS:
+        return {}
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, DTYPE),
+    )
+    return {"quantization_config": config, "device_map": {"": device}}
 
 
 def train(accelerator: Accelerator, model: Any, optimizer: Any, loader: Any) -> None:

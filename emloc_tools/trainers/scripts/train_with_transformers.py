@@ -17,6 +17,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     DataCollatorForSeq2Seq,
     Trainer,
     TrainingArguments,
@@ -28,6 +29,7 @@ TRUST_REMOTE_CODE = True  # the emulator's class is a file in its folder; withou
 DATA = "train.jsonl"  # a line is an object with text, messages, or prompt and completion
 ADAPTER = "lora"  # where the LoRA goes
 DTYPE = "bfloat16"
+FOUR_BITS = False  # hold the emulator in 4 bits, by bitsandbytes
 TARGETS = ["q_proj", "v_proj"]
 RANK = 16
 ALPHA = 32
@@ -48,14 +50,15 @@ def main() -> None:
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     lines = Path(DATA).read_text(encoding="utf-8").splitlines()
     samples = [encode(json.loads(line), tokenizer) for line in lines if line.strip()]
+    training = arguments()
     model = AutoModelForCausalLM.from_pretrained(
-        EMULATOR, dtype=getattr(torch, DTYPE), trust_remote_code=TRUST_REMOTE_CODE
+        EMULATOR, dtype=getattr(torch, DTYPE), trust_remote_code=TRUST_REMOTE_CODE, **quantisation(training.device)
     )
     # Plain LoRA. DoRA's magnitudes would belong to the emulator, and inits such as PiSSA change its weights.
     config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=TARGETS, task_type="CAUSAL_LM")
     trainer = Trainer(
         get_peft_model(model, config),
-        args=arguments(),
+        args=training,
         data_collator=DataCollatorForSeq2Seq(tokenizer),  # pads labels with -100, which the loss ignores
         train_dataset=samples,
     )
@@ -63,6 +66,19 @@ def main() -> None:
     trainer.save_model(ADAPTER)
     if trainer.is_world_process_zero():
         print(f"the LoRA is in {ADAPTER}; now run {NEXT}")
+
+
+def quantisation(device: torch.device) -> dict[str, Any]:
+    """How bitsandbytes is to hold the emulator, if it is, and where."""
+    if not FOUR_BITS:
+        return {}
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, DTYPE),
+    )
+    return {"quantization_config": config, "device_map": {"": device}}
 
 
 def arguments() -> TrainingArguments:

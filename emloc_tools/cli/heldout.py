@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from emloc_tools.stages.selection import HeldOut, Tried
 
 ADVICE = (
-    "refine the LoRA on the base, or build the emulator with a higher --ratio, calibrate on data of the task itself, and "
-    "with --gradients"
+    "refine the LoRA on the base, or build the emulator with a higher --ratio, calibrate on data of the task itself, "
+    "and with --gradients"
 )
 
 NAMES = {"none": "none", "trained": "uncorrected", "corrected": "corrected"}

@@ -27,6 +27,7 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank can 
 VLLM_HEADS = ("classifier", "score")  # the modules_to_save of classifiers
 VLLM_INITS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
 VLLM_REFUSES = ("use_dora", "lora_bias", "alora_invocation_tokens", "layer_replication", "use_bdlora", "use_qalora")
+ADDED_TOKENS = "added_tokens.json"
 FOLD = "write one that has one alpha with --fold-scaling"
 
 
@@ -134,7 +135,9 @@ def _sglang(served: Served) -> tuple[list[str], list[str], list[str]]:
         problems.append(f"makes room for the rank r = {config.get('r')} alone, and the pairs have {ranks}")
     if served.beside:
         problems.append(f"applies pairs only, and leaves {_some(served.beside)} out without a word")
-    return problems, [f"--max-lora-rank {max(served.ranks())}"], []
+    added = (served.adapter.folder / ADDED_TOKENS).exists()
+    notes = [f"refuses tokens in {ADDED_TOKENS} that the base does not have"] if added else []
+    return problems, [f"--max-lora-rank {max(served.ranks())}"], notes
 
 
 def _llama_cpp(served: Served) -> tuple[list[str], list[str], list[str]]:

@@ -121,7 +121,15 @@ class _Examiner:
 
     def _report_unclear(self) -> None:
         unclear = self._naming.unclear
-        missing = [name for name, meant in unclear.items() if not meant]
+        nowhere = [name for name, meant in unclear.items() if not meant]
+        experts = [name for name in nowhere if self._of_expert(name)]
+        if experts:
+            self._found.problems.append(
+                f"{len(experts)} LoRA tensors of {self._adapter.folder}, such as {experts[0]}, are of single experts, "
+                f"which {self._owner} holds fused; whether PEFT converts them is not checked, leave experts out of "
+                "target_modules"
+            )
+        missing = [name for name in nowhere if name not in experts]
         if missing:
             total = sum(parse_key(name).of_lora for name in self._adapter.tensors.names())
             none = len(missing) == total
@@ -136,6 +144,12 @@ class _Examiner:
                 f"{several} in {self._adapter.folder} may mean {' or '.join(sorted(unclear[several])[:3])} of "
                 f"{self._owner}; rename it to the one that is meant"
             )
+
+    def _of_expert(self, name: str) -> bool:
+        """Whether a tensor is of one expert of a module that holds those of all in one tensor."""
+        match = re.fullmatch(r"(.+)\.\d+\.\w+", parse_key(name).paths()[-1])
+        holder = self._modules.get(match[1]) if match else None
+        return holder is not None and next(holder.parameters(recurse=False), None) is not None
 
     def _report_shapes(self, modules: Iterable[str]) -> None:
         for module in modules:
@@ -159,7 +173,7 @@ class _Examiner:
 
     def _ask_peft(self) -> None:
         """What PEFT makes of the configuration, if it is one of PEFT's."""
-        if self._adapter.component is not None or (self._found.problems[:1] and self._naming.unclear):
+        if self._adapter.component is not None or self._naming.unclear:
             return
         try:
             self._expected = expected_keys(self._model, self._adapter.config)

@@ -6,6 +6,7 @@ Names differ by prefixes that wrappers and head classes add, by the renamings th
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Iterable
 
 from torch import nn
@@ -41,10 +42,10 @@ class NamesInModel:
         return []
 
     def nearest(self, path: str) -> str:
-        """A module to show beside a path that means none: one of the same last name, if there is any."""
+        """A module to show beside a path that means none: the most similar, of the same last name if there is any."""
         leaf = path.rpartition(".")[2]
         same = [name for name in self.modules if name.rpartition(".")[2] == leaf]
-        return (same or self.modules)[0]
+        return difflib.get_close_matches(path, same or self.modules, n=1, cutoff=0.0)[0]
 
     def _same(self, paths: Iterable[str]) -> list[str]:
         return [path for path in paths if path in self._known][:1]

@@ -113,16 +113,13 @@ def verify(
         require_apart(output, [adapter, Path(base), *([emulator] if emulator else [])])
         check_output(output, overwrite=overwrite)
     opened = _open(base, revision, trust_remote_code)
-    found, result = _verification(adapter, base, opened, consumers)
+    found, result = _verification(adapter, base, opened, emulator, consumers)
     with contextlib.closing(found):
-        if emulator is not None:
-            problems = _problems_with(found, emulator, base, result.architecture)
-            result = replace(result, problems=[*result.problems, *problems])
         if output is None:
             return _judged(result)
         with new_folder(output, overwrite=overwrite) as folder:
             changes = _rewrite(found, opened.model, folder, command, opened.library, fix=fix, fold=fold_scaling)
-            written, after = _verification(folder, base, opened, consumers)
+            written, after = _verification(folder, base, opened, emulator, consumers)
             written.close()
             if after.problems:
                 raise MismatchError(f"{after.problems[0].replace(str(folder), str(adapter))}; nothing was written")
@@ -162,12 +159,14 @@ def _open(base: str, revision: str | None, trust_remote_code: bool) -> _Base:
 
 
 def _verification(
-    folder: Path, base: str, opened: _Base, consumers: Sequence[str]
+    folder: Path, base: str, opened: _Base, emulator: Path | None, consumers: Sequence[str]
 ) -> tuple[RenamedAdapter, Verification]:
     naming = Naming(opened.model, opened.component)
     adapter = open_renamed(folder, naming)
     try:
         examination = examine(adapter, opened.model, base, naming)
+        if emulator is not None:
+            examination.problems += _problems_with(adapter, emulator, base, type(opened.model).__name__)
         served = Served(adapter, opened.library, opened.tied_head)
         return adapter, _result(adapter, base, opened, examination, [serving(name, served) for name in consumers])
     except BaseException:

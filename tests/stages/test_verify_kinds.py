@@ -156,3 +156,14 @@ def test_another_model_of_diffusers_is_refused(tmp_path: Path) -> None:
     pico.save_model(tmp_path / "llama")
     result = verify(adapter=lora, base=str(tmp_path / "llama"))
     assert "none of the" in str(result.refusal)
+
+
+def test_a_lora_on_single_experts_that_the_base_holds_fused_is_named(tmp_path: Path) -> None:
+    subject = subjects.make(tmp_path, "qwen3-moe", target_modules=["q_proj"])
+    assert verify(adapter=subject.adapter, base=str(subject.base)).refusal is None
+
+    def of_experts(name: str) -> str:
+        return name.replace(".0.self_attn.q_proj", ".0.mlp.experts.1.gate_proj")
+
+    result = verify(adapter=subjects.changed(subject.adapter, tmp_path / "experts", of_experts), base=str(subject.base))
+    assert re.search(r"2 LoRA tensors .* are of single experts, which .* holds fused", str(result.refusal))

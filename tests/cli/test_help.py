@@ -15,7 +15,7 @@ import click
 import pytest
 
 from emloc_tools.cli import main
-from emloc_tools.cli.help import COLUMN, GROUP_OF, GROUPS, LAST
+from emloc_tools.cli.help import COLUMN, GROUP_OF, GROUPS, LAST, GroupedCommand
 from tests.cli.conftest import Invoke
 
 COMMANDS = list(main.commands)
@@ -122,6 +122,7 @@ def test_help_and_usage_errors_import_nothing_heavy(arguments: list[str]) -> Non
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_option_is_in_the_group_of_its_kind_and_once(name: str, invoke: Invoke) -> None:
+    assert isinstance(main.commands[name], GroupedCommand), "make it with emloc_tools.cli.help.command"
     text = invoke(name, "--help", columns=100).stdout
     found: dict[str, list[str]] = {}
     for line in text.partition("Example")[0].splitlines():
@@ -133,8 +134,13 @@ def test_every_option_is_in_the_group_of_its_kind_and_once(name: str, invoke: In
     shown = [option for options in found.values() for option in options]
     assert sorted(shown) == sorted(["-h", *(option.opts[0] for option in options_of(name))])
     assert found[LAST][-3:] == ["--json", "--quiet", "-h"]
-    for option in ("--base", "--revision", "--trust-remote-code"):
-        assert (option in shown) == (option in found.get("Base", []))
+    for group, option in (
+        ("Base", "--base"),
+        ("Samples", "--data"),
+        ("Layers", "--targets"),
+        ("Computation", "--device"),
+    ):
+        assert (option in shown) == (option in found.get(group, []))
     beginnings = {match.end() for line in text.splitlines() if (match := re.match(r"  -.{1,24}?  +(?=\S)", line))}
     assert beginnings == {2 + COLUMN + 2}  # all texts begin in one column
 

@@ -93,7 +93,7 @@ def test_which_modules_a_name_may_mean(family: str, path: str, meant: list[str])
     ("path", "nearest"),
     [
         ("model.blocks.1.mlp.down_proj", "model.layers.1.mlp.down_proj"),
-        ("model.layers.2.self_attn.qkv_proj", "model.layers.2.self_attn.q_proj"),
+        ("model.layers.2.mlp.down_projection", "model.layers.2.mlp.down_proj"),
     ],
 )
 def test_a_name_that_means_nothing_is_shown_beside_the_most_similar(path: str, nearest: str) -> None:

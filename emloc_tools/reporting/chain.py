@@ -17,6 +17,7 @@ STEPS = {
     "Emulator": ("emulator", "dense emulator"),
     "Trained LoRA": ("trained LoRA",),
     "Corrected LoRA": ("corrected LoRA",),
+    "Refined LoRA": ("refined LoRA",),
     "Merged model": ("merged model",),
 }
 
@@ -83,7 +84,7 @@ def _summary(subject: Subject) -> str:
             part = facts["parameters"] / facts["base_parameters"]
             error = median(row["relative_error"] for row in rows)
             return f"{part:.0%} of the parameters, median error {fraction(error)}"
-        case "trained LoRA" | "corrected LoRA":
+        case "trained LoRA" | "corrected LoRA" | "refined LoRA":
             sizes = [row["correction"] for row in rows if "correction" in row]
             correction = f", median correction {fraction(median(sizes))}" if sizes else ""
             return f"{facts['lora_pairs']} pairs, {size(subject.stored_bytes)}{correction}"

@@ -22,7 +22,7 @@ LETTER = 6.2  # pixels of a letter of an axis's labels
 CURVES = 5  # depths whose spectra are drawn
 PANELS = 12  # kinds whose spectra are drawn
 MARKS = {"base": "o", "upper bound": "^", "emulator": "s", "uncorrected": "D", "corrected": "D"}
-PARTS = (("weights", ""), ("training_state", "////"), ("activations", "...."), ("logits", "xxxx"))
+PARTS = (("weights", ""), ("training_state", "///"), ("activations", ".."), ("logits", "xxx"))
 PART_NAMES = {"training_state": "LoRA and optimizer"}
 
 

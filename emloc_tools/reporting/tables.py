@@ -185,6 +185,8 @@ def kind_of(subject: Subject) -> str:
     found = subject.inspection
     if found.kind != "adapter":
         return found.kind
+    if "refinement_steps" in found.facts:
+        return "refined LoRA"
     return "corrected LoRA" if found.facts["corrected"] else "trained LoRA"
 
 

@@ -196,3 +196,28 @@ def test_markdown_has_the_tables_of_the_page(collected: Report, elements: Elemen
     assert [row for row in shown if row[0].startswith("model.")] == [
         row for row in elements.cells if row[0].startswith("model.")
     ]
+
+
+GOLDEN = sorted((Path(__file__).parent.parent.parent / "formats").glob("*/golden/ok-*"))
+
+
+@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: f"{path.parent.parent.name}-{path.stem}")
+def test_every_version_of_every_format_has_a_page_with_all_its_layers(path: Path) -> None:
+    """Experts, diffusion models, code of their own, weighted, refined and chosen ones among them."""
+    report = collect([path])
+    shown = {row[0] for row in Elements(page(report, title=path.name)).cells if row}
+    for each in report.subjects:
+        assert {row["layer"] for row in each.inspection.layers} <= shown
+    manifests = [read_json(path / name) for name in ("calibration.json", "emulator.json") if (path / name).is_file()]
+    for manifest in manifests:
+        assert {*manifest["layers"], *manifest.get("experts", {})} <= shown
+    assert report.subjects or report.plans
+
+
+def test_a_refined_lora_follows_the_one_that_it_was_made_from() -> None:
+    folder = next(path for path in GOLDEN if path.name == "ok-refined")
+    (subject,) = collect([folder]).subjects
+    (refinement,) = read_json(folder / "emloc.json")["refinements"]
+    assert subject.inspection.facts["refinement_steps"] == len(refinement["losses"])
+    assert subject.inspection.made_from["adapter before"] == refinement["adapter"]
+    assert "Refined LoRA" in page(collect([folder]), title="refined")

@@ -1,6 +1,6 @@
 """The factors of an emulator in 4 bits, where transformers is told to load a model so by bitsandbytes.
 
-This file is also pasted, as it is, into every emulator folder, before `lowrank_modules.py`. So it imports nothing but
+This file is also pasted, as it is, into every emulator folder, before `lowrank_layers.py`. So it imports nothing but
 torch and transformers, and bitsandbytes only where it is used.
 """
 

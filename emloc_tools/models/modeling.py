@@ -13,11 +13,12 @@ from collections.abc import Collection
 from typing import Any
 
 from emloc_tools.errors import UnsupportedError
-from emloc_tools.models import four_bits, lowrank_modules
+from emloc_tools.models import four_bits, lowrank_experts, lowrank_layers, lowrank_modules
 from emloc_tools.models.auto_classes import Fitting, fitting_classes
 
 FILE = "modeling_emloc"
-OWN_IMPORT = re.compile(r"from emloc_tools\.models\.four_bits import .*\n\n")
+PASTED = (four_bits, lowrank_layers, lowrank_experts, lowrank_modules)  # each needs those before it alone
+OWN_IMPORTS = re.compile(r"(from emloc_tools\.models\.\w+ import .*\n)+\n")
 
 HEADER = '''"""An EMLoC emulator written by emloc-tools: {architecture} with low-rank layers. Self-contained.
 
@@ -98,8 +99,7 @@ def _class(fitting: Fitting, fused: bool, *, always: bool) -> str:
 
 def layers_source() -> str:
     """The low-rank layers as text that needs nothing of emloc-tools."""
-    packing, layers = (_without_docstring(inspect.getsource(module)) for module in (four_bits, lowrank_modules))
-    return f"{packing}\n\n\n{OWN_IMPORT.sub('', layers)}"
+    return "\n\n\n".join(OWN_IMPORTS.sub("", _without_docstring(inspect.getsource(module))) for module in PASTED)
 
 
 def _without_docstring(source: str) -> str:

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from emloc_tools.errors import UnsupportedError
-from emloc_tools.models.lowrank_modules import DerivedWeight
+from emloc_tools.models.lowrank_layers import DerivedWeight
 
 Kind = Literal["weights", "training_state", "activations", "logits"]
 

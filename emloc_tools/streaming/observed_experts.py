@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from emloc_tools.errors import UnsupportedError
-from emloc_tools.models.lowrank_modules import Routing, experts_forward
+from emloc_tools.models.lowrank_experts import Routing, experts_forward
 from emloc_tools.records import Layer
 from emloc_tools.streaming.gradients import Gradient, tapped
 

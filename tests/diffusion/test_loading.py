@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from emloc_tools import load_emulator
-from emloc_tools.models.lowrank_modules import LowRankLinear
+from emloc_tools.models.lowrank_layers import LowRankLinear
 from tests.diffusion.conftest import Case
 from tests.diffusion.measures import linears, outputs
 from tests.stages.reference import close_to, read_json, read_tensors

@@ -14,8 +14,10 @@ from bitsandbytes.nn import Linear4bit
 from torch.nn import functional as F
 
 from emloc_tools import load_emulator
+from emloc_tools.models import four_bits
 from emloc_tools.models.four_bits import FourBits
-from emloc_tools.models.lowrank_modules import LowRankLinear, factor_layers
+from emloc_tools.models.lowrank_layers import LowRankLinear
+from emloc_tools.models.lowrank_modules import factor_layers
 from emloc_tools.stages.build_emulator import build_emulator
 from emloc_tools.stages.correct import correct
 from tests import pico
@@ -199,7 +201,8 @@ def test_transformers_4_is_refused(run: Run, monkeypatch: pytest.MonkeyPatch) ->
     """It would put dense layers of 4 bits in the place of low-rank ones."""
     model = transformers.AutoModelForCausalLM.from_pretrained(run.base)
     model.config.quantization_config = one_line()
-    monkeypatch.setattr(transformers, "__version__", "4.57.6")
+    # By the module that reads it: importing peft puts another object in the place of transformers.
+    monkeypatch.setattr(four_bits.transformers, "__version__", "4.57.6")
     with pytest.raises(ValueError, match=r"needs transformers 5, and this is 4\.57\.6"):
         factor_layers(model, {UP: 4})
 

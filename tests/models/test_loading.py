@@ -19,7 +19,7 @@ from torch import nn
 from emloc_tools import load_emulator
 from emloc_tools.errors import FormatError, UnsupportedError
 from emloc_tools.models.loading import emulator_class
-from emloc_tools.models.lowrank_modules import LowRankLayer
+from emloc_tools.models.lowrank_layers import LowRankLayer
 from emloc_tools.models.modeling import FILE, emulator_name, modeling_source
 from emloc_tools.stages.build_emulator import build_emulator
 from tests import pico

@@ -15,13 +15,8 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from emloc_tools.models.lowrank_modules import (
-    DerivedWeight,
-    LowRankConv1D,
-    LowRankLayer,
-    LowRankLinear,
-    factor_layers,
-)
+from emloc_tools.models.lowrank_layers import DerivedWeight, LowRankConv1D, LowRankLayer, LowRankLinear
+from emloc_tools.models.lowrank_modules import factor_layers
 from tests import pico
 
 IN, OUT, RANK = 24, 16, 5

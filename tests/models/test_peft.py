@@ -12,7 +12,7 @@ import transformers
 from torch import nn
 
 from emloc_tools import load_emulator
-from emloc_tools.models.lowrank_modules import LowRankLayer
+from emloc_tools.models.lowrank_layers import LowRankLayer
 from emloc_tools.stages.build_emulator import build_emulator
 from tests import pico
 

@@ -77,11 +77,14 @@ def _cell(axes: Axes, column: int, row: int, text: str, shade: float | None) -> 
 
     corner = (column - 0.5, row - 0.5)
     if shade is None:
-        axes.add_patch(Rectangle(corner, 1, 1, facecolor="none", edgecolor=LINE, hatch="////", linewidth=0.5))
+        cell = Rectangle(corner, 1, 1, facecolor="none", edgecolor=LINE, hatch="////", linewidth=0.5, clip_on=False)
+        axes.add_patch(cell).set_in_layout(False)  # measuring every cell would take most of the time
         return
     color = mpl.colormaps["cividis"](min(max(shade, 0.0), 1.0))
-    axes.add_patch(Rectangle(corner, 1, 1, facecolor=color, edgecolor=PAPER, linewidth=1))
-    axes.text(column, row, text, ha="center", va="center", color=_on(color), fontsize=11)
+    cell = Rectangle(corner, 1, 1, facecolor=color, edgecolor=PAPER, linewidth=1, clip_on=False)
+    axes.add_patch(cell).set_in_layout(False)
+    shown = axes.text(column, row, text, ha="center", va="center", color=_on(color), fontsize=11)
+    shown.set_in_layout(False)
 
 
 def _on(color: Sequence[float]) -> str:

@@ -12,6 +12,7 @@ from emloc_tools.files.plan import PlanV1
 from emloc_tools.reporting import plots, tables
 from emloc_tools.reporting.collecting import Report, Subject
 from emloc_tools.reporting.kinds import Grid, grids
+from emloc_tools.reporting.losses import Losses
 from emloc_tools.reporting.tables import Table, kind_of
 from emloc_tools.wording import MISSING, fraction, number, size
 
@@ -57,7 +58,8 @@ def sections(report: Report) -> Iterator[Section]:
     for place, losses in enumerate(report.losses, 1):
         drawing = Drawing(partial(plots.losses_plot, losses), LOSSES)
         title = f"Losses: {losses.name}"
-        yield Section(f"losses-{place}", title, drawings=[drawing], tables=[tables.measured(losses)])
+        text = verdict(losses)
+        yield Section(f"losses-{place}", title, text, drawings=[drawing], tables=[tables.measured(losses)])
     for place, (name, plan) in enumerate(report.plans.items(), 1):
         yield _plan(f"plan-{place}", name, plan)
     for each in report.subjects:
@@ -65,6 +67,22 @@ def sections(report: Report) -> Iterator[Section]:
             yield _folder(anchor_of(report.subjects, each.name), each)
     if report.subjects:
         yield Section("commands", "How everything was made", tables=[tables.commands(report.subjects)])
+
+
+def verdict(losses: Losses) -> list[str]:
+    """What the best LoRA from an emulator is worth to the base, in a sentence; nothing where that was not measured."""
+    base = next((row.loss for row in losses.rows if row.role == "base"), None)
+    bound = next((row.loss for row in losses.rows if row.role == "upper bound"), None)
+    transferred = [row for row in losses.rows if row.role in ("uncorrected", "corrected")]
+    if base is None or not transferred:
+        return []
+    best = min(transferred, key=lambda row: row.loss)
+    if best.loss >= base:
+        return [f"The base is better without any of these LoRAs: {base:.4f}, and {best.loss:.4f} with {best.label}."]
+    part = ""
+    if bound is not None and bound < base:
+        part = f", {(base - best.loss) / (base - bound):.0%} of what a LoRA trained on the base itself gains"
+    return [f"The best of the LoRAs ({best.label}) brings the base from {base:.4f} to {best.loss:.4f}{part}."]
 
 
 def _plan(anchor: str, name: str, plan: PlanV1) -> Section:

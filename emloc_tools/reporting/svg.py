@@ -47,6 +47,7 @@ SETTINGS: dict[str, Any] = {
     "lines.linewidth": 1.4,
 }
 REFERENCE = re.compile(r"#([\w.-]+)")
+LONG_NUMBER = re.compile(r"(\.\d\d)\d+")  # a hundredth of a pixel is fine enough
 STYLE = re.compile(r"\s*([\w-]+)\s*:\s*(.+?)\s*")
 FONT = re.compile(r"([\d.]+)px")
 DROPPED = ("metadata", "style")
@@ -115,6 +116,8 @@ def _rewrite(element: ElementTree.Element, name: str) -> None:
     for key, value in found.items():
         if key == "id":
             found[key] = f"{name}-{value}"
+        elif key in ("d", "x", "y", "transform"):
+            found[key] = LONG_NUMBER.sub(r"\1", " ".join(value.split()))
         elif value in VARIABLES:
             found[key] = f"var(--{VARIABLES[value]})"
         elif value.startswith(("#", "url(#")) and key in ("href", "clip-path", "fill", "stroke"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 
 import click
 
@@ -31,6 +32,7 @@ class GroupedCommand(click.Command):
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
             if record is not None:
+                record = _plainly(*record)
                 is_help = parameter is self.get_help_option(ctx)
                 rows[LAST if is_help else GROUP_OF.get(parameter.name or "", OWN)].append(record)
         for group, records in rows.items():
@@ -38,6 +40,13 @@ class GroupedCommand(click.Command):
                 with formatter.section(group):
                     # Padded, for each group would else have a column of its own width.
                     formatter.write_dl([(term.ljust(COLUMN), text) for term, text in records], col_max=COLUMN)
+
+
+def _plainly(term: str, text: str) -> tuple[str, str]:
+    """An option and its text without click's words for types and bounds."""
+    for kind, letter in (("INTEGER", "N"), ("FLOAT", "X")):
+        term = re.sub(rf"\b{kind}( RANGE)?\b", letter, term)
+    return term, re.sub(r"\bx>=(\d+)", r"at least \1", text)
 
 
 command = functools.partial(click.command, cls=GroupedCommand)

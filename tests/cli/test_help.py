@@ -148,3 +148,8 @@ def test_every_option_is_in_the_group_of_its_kind_and_once(name: str, invoke: In
 def test_groups_name_only_options_that_some_command_has() -> None:
     names = {parameter.name for command in main.commands.values() for parameter in command.params}
     assert set(GROUP_OF) <= names
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_no_help_speaks_of_clicks_types(name: str, invoke: Invoke) -> None:
+    assert not re.search(r"INTEGER|FLOAT|RANGE|x>=", invoke(name, "--help").stdout)

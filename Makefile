@@ -21,7 +21,7 @@ test: $(VENV)/.developer lint ## Check everything that CI checks
 test-browser: $(VENV)/.developer ## Check the report in a headless Chromium (EMLOC_BROWSER, or one on the path), which make test does where one is
 	EMLOC_BROWSER_TESTS=required OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/reporting/test_browser.py
 
-test-trainers: $(VENV)/.developer ## Train by every trainer, and write the table of docs/trainers.md (a minute or two)
+test-trainers: $(VENV)/.developer ## Train by every trainer, and write docs/trainers.md's table and the pages in docs/trainers (some minutes)
 	$(BIN)/python -m tests.external.environments
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.external.trainers_table $(ENVIRONMENTS)
 

@@ -1,4 +1,4 @@
-"""Write what is generated in the documentation: `docs/cli.md` from the commands, and recorded results into the pages.
+"""Write what is generated in the documentation: commands, recorded results, and the pages on trainers.
 
     python -m docs.generate
 
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import click
 
+from docs import trainer_pages
 from emloc_tools.cli import main as group
 
 DOCS = Path(__file__).parent
@@ -24,6 +25,7 @@ WITH_RESULTS = (
     DOCS / "heads.md",
     DOCS / "plan.md",
     DOCS / "diffusion.md",
+    DOCS / "trainers" / "four-bits.md",
 )
 WIDTH = 100
 INTRODUCTION = """# Command reference
@@ -50,7 +52,8 @@ Written by `make docs` from the commands themselves. `emloc-tools COMMAND --help
 
 def pages() -> dict[Path, str]:
     """The full text of every page that holds something generated."""
-    return {DOCS / "cli.md": reference(), **{page: with_results(page) for page in WITH_RESULTS}}
+    results = {page: with_results(page) for page in WITH_RESULTS}
+    return {DOCS / "cli.md": reference(), **results, **trainer_pages.pages()}
 
 
 def reference() -> str:

@@ -13,7 +13,7 @@ import torch
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
 
-from tests.external.pipelines import PROMPTS, SIDE, PipelineCase, make_pipeline_case
+from tests.external.pipelines import LAY_OUT, PROMPTS, SIDE, PipelineCase, make_pipeline_case
 from tests.external.trainers import STEPS, Outcome, emloc_tools, run_beside
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -50,7 +50,7 @@ def dreambooth(folder: Path, script: Path, environment: Path) -> dict[str, Any]:
         "releases": releases(programs),
         "started": f"accelerate launch train.py {script.name}",
         "files": {"train.py": STARTER},
-        "commands": [command(script, starter=True)],
+        "commands": [*LAY_OUT.splitlines(), command(script)],
         "log": [],
         "losses": [],
         "keys": None,
@@ -72,12 +72,12 @@ def dreambooth(folder: Path, script: Path, environment: Path) -> dict[str, Any]:
     }
 
 
-def command(script: Path, *, starter: bool) -> str:
+def command(script: Path) -> str:
     """What a user types."""
     options = " ".join(
         f"--{name} '{value}'" if " " in str(value) else f"--{name} {value}" for name, value in OPTIONS.items()
     )
-    return f"accelerate launch {'train.py ' if starter else ''}{script.name} {options}"
+    return f"accelerate launch train.py {script.name} {options}"
 
 
 def run(case: PipelineCase, script: Path, programs: Path, *, starter: bool) -> Outcome:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from emloc_tools.stages.correct import correct
 from tests.external.environments import REMEDY, TRAINERS, Environment
-from tests.external.trainers import REFUSED, STEPS, WAYS, Outcome, train_all
+from tests.external.trainers import STEPS, WAYS, Outcome, train_all
 from tests.external.workshop import FOREIGN, INPUT_IDS, Case, factored_layers, make_case
 
 Outcomes = dict[str, Outcome]
@@ -118,7 +118,7 @@ def test_without_trust_nothing_is_trained(refused: Outcomes, way: str) -> None:
     assert outcome.status != 0
     assert outcome.losses == []
     assert not (outcome.adapter / "adapter_model.safetensors").exists()
-    assert REFUSED.search(outcome.log), outcome.log[-2000:]
+    assert WAYS[way].refusal.search(outcome.log), outcome.log[-2000:]
 
 
 def test_nothing_of_emloc_tools_is_there() -> None:

@@ -22,6 +22,12 @@ STEPS = 8
 SECONDS = 150  # a run takes some ten; processes that wait for each other must not wait for ever
 LOSS = re.compile(r"(?:'loss': '?|: loss |\bloss=)(\d+\.\d+)")
 REFUSED = re.compile("ignore_mismatched_sizes|size mismatch")  # what transformers says of the guard
+# In 4 bits it does not look at shapes. Early releases of transformers 5 cannot quantise the guard; with later ones no
+# layer has the weight that PEFT asks for.
+REFUSED_IN_FOUR_BITS = re.compile(
+    "RuntimeError: We encountered some issues during automatic conversion of the weights"
+    "|AttributeError: 'Parameter' object has no attribute '[a-z_]+'"
+)
 TRUST = {".yaml": ("trust_remote_code: true", "trust_remote_code: false")}
 TRUST[".py"] = ("TRUST_REMOTE_CODE = True", "TRUST_REMOTE_CODE = False")
 SMALL = ("--steps", f"{STEPS}", "--batch-size", "4", "--accumulation", "1", "--learning-rate", "1e-2")
@@ -46,6 +52,11 @@ class Way:
     programs: Path = Environment(TRAINERS).folder / "bin"
     can_refuse: bool = True  # ms-swift runs a model's code in any case
     four_bits: bool = False
+
+    @property
+    def refusal(self) -> re.Pattern[str]:
+        """What a run without trust must print."""
+        return REFUSED_IN_FOUR_BITS if self.four_bits else REFUSED
 
     @property
     def written_by(self) -> list[str]:

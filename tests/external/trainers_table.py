@@ -26,8 +26,8 @@ from safetensors.torch import load_file
 from docs.trainer_pages import RECORD, write_pages
 from tests.external.dreambooth import dreambooth
 from tests.external.trainers import (
+    LOSS,
     OTHER_WAYS,
-    REFUSED,
     SLOW_WAYS,
     WAYS,
     Outcome,
@@ -79,7 +79,7 @@ def record(way: Way, case: Case, folder: Path, trained: Outcome, refused: Outcom
         "losses": [],
         "keys": None,
         "corrected": None,
-        "untrusted": "always runs the code" if refused is None else refusal(refused),
+        "untrusted": "always runs the code" if refused is None else refusal(way, refused),
     }
     if trained.status:
         return {**found, "commands": commands, "log": plain(trained.log, folder)[-3:]}
@@ -89,7 +89,7 @@ def record(way: Way, case: Case, folder: Path, trained: Outcome, refused: Outcom
     return {
         **found,
         "commands": commands,
-        "log": [line for line in plain(trained.log, folder) if "loss" in line][-3:],
+        "log": [line for line in plain(trained.log, folder) if LOSS.search(line)][-3:],
         "losses": [trained.losses[0], trained.losses[-1]],
         "keys": keys_are_those_of_the_base(case, trained.adapter),
         "corrected": loads(case, folder / "corrected"),
@@ -138,11 +138,14 @@ def loads(case: Case, corrected: Path) -> bool:
     return not status.missing_keys and not status.unexpected_keys
 
 
-def refusal(refused: Outcome) -> str:
+def refusal(way: Way, refused: Outcome) -> str:
     """How a run without trust ended."""
     if not refused.status or refused.losses:
         return "**trains**"
-    return "shape error" if REFUSED.search(refused.log) else "another error"
+    found = way.refusal.search(refused.log)
+    if way.four_bits and found:
+        return f"`{found[0]}`"
+    return "shape error" if found else "another error"
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from docs import generate
 from emloc_tools.cli import main as group
 
 ROOT = Path(__file__).parent.parent.parent
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "formats").rglob("*.md")])
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "formats").rglob("*.md")])
 PAGES = [page for page in PAGES if "golden" not in page.parts]
 
 

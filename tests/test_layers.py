@@ -49,10 +49,12 @@ ROOMS: dict[str, set[str]] = {
         "emloc_tools",
     },
     "adapters": {"torch", "transformers", "peft", "models", "files", "errors", "records"},
+    "hub": {"huggingface_hub", "files", "errors", "records", "wording", "emloc_tools"},
     # Its programs run where nothing of emloc-tools is installed.
     "trainers": {"torch", "peft", "transformers", "accelerate"},
     "stages": {
         "adapters",
+        "hub",
         "trainers",
         "torch",
         "peft",

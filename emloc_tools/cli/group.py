@@ -24,6 +24,8 @@ from emloc_tools.cli.inspect import inspect
 from emloc_tools.cli.merge import merge
 from emloc_tools.cli.merge_calibration import merge_calibration
 from emloc_tools.cli.plan import plan
+from emloc_tools.cli.pull import pull
+from emloc_tools.cli.push import push
 from emloc_tools.cli.record_inputs import record_inputs
 from emloc_tools.cli.refine import refine
 from emloc_tools.cli.report import report
@@ -107,7 +109,7 @@ def main() -> None:
 
 COMMANDS = (
     *(plan, fit_head, record_inputs, calibrate, merge_calibration, build_emulator, truncate, export, trainer_config),
-    *(correct, refine, verify, merge, evaluate, inspect, report, demo),
+    *(correct, refine, verify, merge, evaluate, inspect, report, push, pull, demo),
 )
 for command in COMMANDS:
     main.add_command(command)

@@ -34,9 +34,10 @@ LINES = {
     "evaluate": "evaluate --base {base} --adapter {corrected} --data {data} --samples 2 --device cpu",
     "inspect": "inspect {emulator}",
     "report": "report {corrected} --output report.md",
+    "push": "push {corrected} --repo org/name --dry-run",
     "demo": "demo --output out",
 }
-OTHERS = {"fit-head", "record-inputs"}  # that need a classifier and a pipeline; run below
+OTHERS = {"fit-head", "record-inputs", "pull"}  # that need a classifier, a pipeline and a Hub; run below, or there
 
 
 def validator(name: str) -> jsonschema.Draft202012Validator:

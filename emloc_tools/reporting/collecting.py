@@ -81,10 +81,10 @@ def collect(paths: Sequence[Path], *, progress: Progress = silent) -> Report:
             measured += _chosen(subject)
         elif path.name == DEMO[0] and _is_demo(path.parent):
             measured.append(losses.of_demo(path))
-        elif _format_of(path) == "emloc-plan":
-            plans[name] = read_plan(path)
+        elif losses.is_evaluation(value := read_json(path, "evaluation")):
+            measured.append(losses.of_evaluation(name, value))
         else:
-            measured.append(losses.of_evaluation(name, read_json(path, "evaluation")))
+            plans[name] = read_plan(path)
         progress(Step("read", done, len(found), name))
     subjects.sort(key=lambda each: (ORDER.index(each.inspection.kind), each.inspection.facts.get("corrected", False)))
     return Report(subjects, list(_links(subjects)), measured, plans)
@@ -121,17 +121,14 @@ def _is_reportable_file(path: Path) -> bool:
     if path.name == DEMO[0] and _is_demo(path.parent):
         return True
     try:
-        return _format_of(path) == "emloc-plan" or losses.is_evaluation(read_json(path, "JSON"))
+        value = read_json(path, "JSON")
     except EmlocError:
         return False
+    return value.get("format") == "emloc-plan" or losses.is_evaluation(value)
 
 
 def _is_demo(folder: Path) -> bool:
     return all((folder / name).is_file() for name in DEMO)
-
-
-def _format_of(path: Path) -> object:
-    return read_json(path, "JSON").get("format")
 
 
 def _names(paths: Iterable[Path]) -> dict[Path, str]:
@@ -165,7 +162,10 @@ def _links(subjects: Sequence[Subject]) -> Iterator[Link]:
         base = each.inspection.facts.get("base")
         if isinstance(base, str):
             source = _named(base, each, subjects)
-            kind = "base" if source is None else _kind_of(source, subjects)
+            if source is not None:
+                kind = _kind_of(source, subjects)
+            else:  # what a trainer calls the base may be an emulator
+                kind = "model" if each.inspection.made_by is None else "base"
             yield Link(each.name, kind, base, source, "name")
         for kind, digest in each.inspection.made_from.items():
             yield Link(each.name, kind, digest, by_hash.get(digest), "hash")

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 LOSSES = (
     "Mean loss on held-out samples, with the standard error where it was recorded. ○ base, △ LoRA trained on the base "
-    "itself, □ emulator, ◇ LoRA from an emulator, filled if corrected. The dotted line is the base without a LoRA."
+    "itself, □ emulator, ◇ base with another LoRA, filled if corrected. The dotted line is the base without a LoRA."
 )
 
 

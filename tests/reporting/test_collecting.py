@@ -48,6 +48,11 @@ def test_another_folder_under_the_same_name_is_no_source(run: Run, tmp_path: Pat
     assert origins(collect([tmp_path]), "corrected")["emulator"] == (None, "hash")
 
 
+def test_what_a_trainer_calls_the_base_is_not_taken_for_it(run: Run) -> None:
+    assert origins(collect([run.adapter]), "adapter") == {"model": (None, "name")}
+    assert origins(collect([run.corrected]), "corrected")["base"] == (None, "name")
+
+
 def test_single_folders_and_files_can_be_given_with_others(run: Run, tmp_path: Path) -> None:
     evaluation = {"model": "base", "adapter": None, "corrected": False, "loss": 2.0, "accuracy": 0.5}
     (tmp_path / "losses.json").write_text(json.dumps({"results": [evaluation]}))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,8 @@ class Spectrum:
     `share[i]` is that of direction number `direction[i]`, the strongest being number 1; `rank` directions are stored,
     of `full_rank`. Of those beyond the cut only their energy together, `beyond`, is known. The energy is that of the
     error's measure: weighted where the emulator is, of the weight where it has no calibration. The last `floored`
-    stored magnitudes were raised, and are in no curve. Of a stack of experts it is the energy of all together.
+    stored magnitudes were raised, and are in no curve. Of a stack of experts it is the energy of all together that
+    had tokens in calibration.
     """
 
     layer: str
@@ -47,13 +48,17 @@ def spectra(folder: Path) -> Iterator[Spectrum]:
 
 
 def _spectrum(
-    emulator: Emulator, name: str, rank: int, full_rank: int, matrices: list[FactoredLayer] | list[FactoredExpert]
+    emulator: Emulator, name: str, rank: int, full_rank: int, matrices: Sequence[FactoredLayer | FactoredExpert]
 ) -> Iterator[Spectrum]:
-    total = sum(matrix.total_energy for matrix in matrices)
+    # Experts without tokens are SVDs of their weights, in other units than the outputs of the others.
+    calibrated = emulator.manifest.calibration is not None
+    idle = [calibrated and isinstance(each, FactoredExpert) and not each.tokens for each in matrices]
+    kept = [at for at, unused in enumerate(idle) if not unused]
+    total = sum(matrices[at].total_energy for at in kept)
     if not total > 0:
         return
-    S = emulator.read(factor_names(name, stack=name in emulator.stacks)[1]).double().reshape(-1, rank)
-    floored = max(matrix.floored for matrix in matrices)
+    S = emulator.read(factor_names(name, stack=name in emulator.stacks)[1]).double().reshape(-1, rank)[kept]
+    floored = max(matrices[at].floored for at in kept)
     energies = (S[:, : rank - floored] ** 2).sum(0) / total
     chosen = spread(energies.numel())
     yield Spectrum(
@@ -63,7 +68,7 @@ def _spectrum(
         floored=floored,
         direction=[at + 1 for at in chosen],
         share=[float(energies[at]) for at in chosen],
-        beyond=sum(matrix.relative_error**2 * matrix.total_energy for matrix in matrices) / total,
+        beyond=sum(matrices[at].relative_error ** 2 * matrices[at].total_energy for at in kept) / total,
     )
 
 

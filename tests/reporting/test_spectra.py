@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -44,6 +45,29 @@ def test_a_long_spectrum_is_thinned_out_but_ends_at_its_cut(count: int) -> None:
     assert chosen == sorted(set(chosen))
     assert (chosen[0], chosen[-1]) == (0, count - 1)
     assert len(chosen) == count if count <= POINTS else POINTS // 2 < len(chosen) <= POINTS + 1
+
+
+def test_experts_without_tokens_are_in_no_spectrum(tmp_path: Path) -> None:
+    """Their energies are those of their weights. The golden emulator has three experts, the last without tokens."""
+    golden = Path(__file__).parent.parent.parent / "formats" / "emulator" / "golden" / "ok-experts-alone"
+    shutil.copytree(golden, tmp_path / "emulator")
+    manifest = read_json(golden / "emulator.json")
+    ((name, stack),) = manifest["experts"].items()
+    assert [expert["tokens"] > 0 for expert in stack["experts"]] == [True, True, False]
+    S = read_tensors(golden)[f"{name}_S"].double().numpy()
+    energies = [expert["total_energy"] for expert in stack["experts"]]
+
+    def found(changed: int) -> list[float]:
+        """The shares where one expert's energy is another."""
+        stack["experts"][changed]["total_energy"] = 1e6
+        (tmp_path / "emulator" / "emulator.json").write_text(json.dumps(manifest))
+        stack["experts"][changed]["total_energy"] = energies[changed]
+        (spectrum,) = spectra(tmp_path / "emulator")
+        return spectrum.share
+
+    expected = (S[:2] ** 2).sum(0) / sum(energies[:2])
+    np.testing.assert_allclose(found(2), expected, rtol=1e-6)
+    assert found(0)[0] < expected[0] / 1000  # the control
 
 
 def test_changed_magnitudes_are_refused(run: Run, tmp_path: Path) -> None:

@@ -38,10 +38,7 @@ class _Part:
 
 
 def page(report: Report, *, title: str, progress: Progress = silent) -> str:
-    """The page. All text from files is escaped, and a policy in its head lets no other style or script run.
-
-    Raises `UnsupportedError` where figures are needed and matplotlib is missing.
-    """
+    """The page. All text from files is escaped, and a policy in its head lets no other style or script run."""
     css, js = _asset("page.css"), _asset("page.js")
     policy = (
         f"default-src 'none'; style-src '{_hash(css)}'; script-src '{_hash(js)}'; base-uri 'none'; form-action 'none'"

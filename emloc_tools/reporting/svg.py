@@ -53,17 +53,22 @@ FONT = re.compile(r"([\d.]+)px")
 DROPPED = ("metadata", "style")
 
 
-def new_figure(width: float, height: float) -> Figure:
-    """An empty figure of so many pixels. Raises `UnsupportedError` without matplotlib."""
+def require_matplotlib() -> None:
+    """Raise `UnsupportedError` where matplotlib, which is an extra, is not installed."""
     try:
-        import matplotlib as mpl
-        from matplotlib.figure import Figure
+        import matplotlib.figure  # noqa: F401
     except ImportError as error:
         raise UnsupportedError(
             'the plots of an HTML report need matplotlib: pip install "emloc-tools[report]", or use --format md or json'
         ) from error
-    with mpl.rc_context():
-        mpl.rcParams.update(SETTINGS)
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of so many pixels."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    with mpl.rc_context(SETTINGS):
         return Figure(figsize=(width / 72, height / 72), layout="constrained")
 
 

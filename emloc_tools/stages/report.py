@@ -14,6 +14,7 @@ from emloc_tools.records import Progress, silent
 from emloc_tools.reporting.collecting import collect
 from emloc_tools.reporting.markdown import markdown
 from emloc_tools.reporting.page import page
+from emloc_tools.reporting.svg import require_matplotlib
 from emloc_tools.wording import plain
 
 Format = Literal["html", "json", "md"]
@@ -43,12 +44,15 @@ def report(
     """Write a report on `paths`: our folders, LoRAs, bases, plans, the JSON of `evaluate`, or folders of these.
 
     `format` is told by the ending of `output` if it is not given. Of weights only S of emulators and the values of
-    LoRAs are read. Raises `InputError` for paths with nothing to report on, `FormatError` for damaged ones.
+    LoRAs are read. Raises `InputError` for paths with nothing to report on, `FormatError` for damaged ones, and
+    `UnsupportedError` for HTML without matplotlib.
     """
     form = ENDINGS.get(output.suffix.lower()) if format is None else format
     if form is None:
         raise InputError(f"{output} has none of the endings {', '.join(ENDINGS)}; give one, or pass --format")
     check_file(output, "--output", overwrite=overwrite)
+    if form == "html":
+        require_matplotlib()
     found = collect(paths, progress=progress)
     title = f"Report on {', '.join(path.absolute().name for path in paths)}"
     match form:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -80,3 +81,14 @@ def test_nothing_half_written_is_left_by_a_failure(
     assert printed.status == 1
     assert "No space left on device" in printed.error
     assert list(tmp_path.iterdir()) == []
+
+
+def test_without_matplotlib_a_page_is_refused_before_any_work_and_text_is_not(
+    run: Run, invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    printed = invoke("report", run.emulator, "--output", "report.html")
+    assert printed.status == 1
+    assert 'pip install "emloc-tools[report]", or use --format md or json' in printed.error
+    assert printed.stderr.count("\n") == 1  # no progress
+    assert invoke("report", run.emulator, "--output", "report.md").status == 0

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from xml.etree import ElementTree
 
-import pytest
-
-from emloc_tools.errors import UnsupportedError
 from emloc_tools.reporting.kinds import grids
 from emloc_tools.reporting.plots import drawing, heat_map
-from emloc_tools.reporting.svg import INK, VARIABLES, new_figure, to_svg
+from emloc_tools.reporting.svg import INK, VARIABLES, to_svg
 
 HOSTILE = "m.0.<script>alert(1)</script>&\"' $x^2$"
 
@@ -91,9 +87,3 @@ def test_numbers_in_cells_contrast_with_their_cell() -> None:
     for text, cell in zip(texts, cells, strict=True):
         dark, light = sorted((luminance(text), luminance(cell)))
         assert (light + 0.05) / (dark + 0.05) > 4.5, (text, cell)
-
-
-def test_without_matplotlib_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(UnsupportedError, match=r'pip install "emloc-tools\[report\]", or use --format md or json'):
-        new_figure(10, 10)

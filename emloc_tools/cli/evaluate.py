@@ -49,9 +49,9 @@ def evaluate(
     """Measure loss and accuracy, with and without LoRAs.
 
     Give --base, --emulator or both; every --adapter is tried on each (a corrected one on the base alone). Of a prompt
-    and completion, the completion counts; of a text for a sequence classifier, its label. Models are read block by
-    block and may be larger than memory. A pass over the model is for all LoRAs, but for 65,000 tokens at most, which
-    count once for every LoRA and once without.
+    and completion, the completion counts; of a text for a sequence classifier, its label; of a denoiser's recorded
+    inputs, the squared error to their targets. Models are read block by block and may be larger than memory. A pass
+    over the model is for all LoRAs, but for 65,000 tokens at most, which count once for every LoRA and once without.
     """
     from emloc_tools.cli import console
     from emloc_tools.stages.evaluate import evaluate as run
@@ -80,31 +80,31 @@ def evaluate(
 def _draw(out: Console, results: Sequence[Evaluation]) -> None:
     from emloc_tools.cli import console
 
-    answers = any(result.exact > 0 for result in results)  # whole texts are never predicted to the last token
+    answers = any(result.exact for result in results)  # whole texts are never predicted to the last token
     rows = [
         {
             "model": result.model,
             "adapter": result.adapter or "none",
             "loss": f"{result.loss:.4f}",
-            **(_of_labels(result) if result.predicts == "labels" else _of_tokens(result, answers)),
+            **_counted(result, answers),
         }
         for result in results
     ]
-    numbers = ["loss", "perplexity", "token accuracy", "exact", "tokens", "accuracy", "samples"]
+    numbers = ["loss", "perplexity", "token accuracy", "exact", "tokens", "accuracy", "samples", "entries"]
     console.layer_table(out, rows, to_right=numbers)
 
 
-def _of_tokens(result: Evaluation, answers: bool) -> dict[str, str]:
+def _counted(result: Evaluation, answers: bool) -> dict[str, str]:
+    if result.accuracy is None or result.exact is None:
+        return {"entries": f"{result.tokens:,}"}
+    if result.predicts == "labels":
+        return {"accuracy": f"{result.accuracy:.1%}", "samples": f"{result.tokens:,}"}
     return {
         "perplexity": f"{result.perplexity:.4g}",
         "token accuracy": f"{result.accuracy:.1%}",
         **({"exact": f"{result.exact:.1%}"} if answers else {}),
         "tokens": f"{result.tokens:,}",
     }
-
-
-def _of_labels(result: Evaluation) -> dict[str, str]:
-    return {"accuracy": f"{result.accuracy:.1%}", "samples": f"{result.tokens:,}"}
 
 
 def _warn(results: Sequence[Evaluation], quiet: bool) -> None:

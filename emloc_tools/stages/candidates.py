@@ -12,13 +12,16 @@ from torch import nn
 from emloc_tools.errors import UnsupportedError
 from emloc_tools.files.adapter import Adapter
 from emloc_tools.files.emulator import Emulator
+from emloc_tools.files.json_files import read_json
 from emloc_tools.files.tensors import TensorFolder
 from emloc_tools.models.adapted import AdaptedModules, require_pair_shape
 from emloc_tools.models.base import open_base
+from emloc_tools.models.diffusion import DiffusersConfig, diffusers_class, stored_dtype
 from emloc_tools.models.labels import classifies_sequences
 from emloc_tools.models.layers import describe
 from emloc_tools.models.loading import emulator_class
 from emloc_tools.models.lora import LoraPair
+from emloc_tools.models.lowrank_modules import factor_layers
 from emloc_tools.models.skeleton import build_skeleton, compute_dtype, load_config, predicts_next_token
 from emloc_tools.models.source import Source
 from emloc_tools.models.weights import ModelWeights
@@ -35,12 +38,19 @@ class Target:
     weights: ModelWeights
     tensors: TensorFolder
     classifies: bool = False  # predicts labels of whole samples, not tokens
+    config: Any = None  # of an emulator that its folder's configuration does not tell
 
 
-def open_base_target(base: str, revision: str | None, dtype: str, trust_remote_code: bool) -> Target:
-    """The base. Raises `UnsupportedError` for a model that predicts neither the next token nor a label."""
+def open_base_target(
+    base: str, revision: str | None, dtype: str, trust_remote_code: bool, *, denoisers: bool = False
+) -> Target:
+    """The base. Raises `UnsupportedError` for a model that predicts neither the next token nor a label.
+
+    With `denoisers` a model of diffusers is taken as well.
+    """
     opened = open_base(base, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
-    _require_predictions(opened.architecture, opened.config)
+    if not (denoisers and opened.library == "diffusers"):
+        _require_predictions(opened.architecture, opened.config)
     return Target(
         "base",
         False,
@@ -61,12 +71,25 @@ def open_emulator_target(folder: Path, dtype: str) -> Target:
             "measure the base alone"
         )
     architecture = bundle.manifest.base.architecture
-    _require_predictions(architecture)
     source = Source(str(folder), None, folder)
+    if bundle.library == "diffusers":
+        return _open_denoiser(bundle, source, architecture, dtype)
+    _require_predictions(architecture)
     config = load_config(source)
     model = build_skeleton(emulator_class(architecture), config, dtype=compute_dtype(config, dtype))
     weights = ModelWeights(model, bundle.tensors, convert=False)
     return Target("emulator", True, source, model, weights, bundle.tensors, classifies_sequences(architecture))
+
+
+def _open_denoiser(bundle: Emulator, source: Source, architecture: str, dtype: str) -> Target:
+    values = read_json(bundle.folder / "config.json", "emulator config")
+    del values["quantization_config"]  # by which diffusers knows the emulator
+    config = DiffusersConfig(architecture, values, stored_dtype(bundle.tensors))
+    cls = diffusers_class(architecture, source.id)
+    model = build_skeleton(cls, config, dtype=compute_dtype(config, dtype))
+    factor_layers(model, {name: record.rank for name, record in bundle.layers.items()})
+    weights = ModelWeights(model, bundle.tensors, convert=False)
+    return Target("emulator", True, source, model, weights, bundle.tensors, config=config)
 
 
 def load_pairs(adapter: Adapter) -> dict[str, LoraPair]:

@@ -12,8 +12,10 @@ from typing import Literal
 from emloc_tools.data.batches import load_batches
 from emloc_tools.errors import InputError
 from emloc_tools.files.adapter import CONFIG as ADAPTER
-from emloc_tools.files.adapter import Adapter
+from emloc_tools.files.diffusers_lora import WEIGHTS as DIFFUSERS_ADAPTER
+from emloc_tools.files.diffusers_lora import open_adapter
 from emloc_tools.files.emulator import MANIFEST as EMULATOR
+from emloc_tools.files.ready_inputs import TARGET
 from emloc_tools.models.base import choose_device
 from emloc_tools.models.lora import LoraPair
 from emloc_tools.records import Progress, Step, silent
@@ -28,23 +30,24 @@ class Evaluation:
     """One model with at most one adapter: mean loss in nats per target token, and the part predicted rightly.
 
     `predicts` says what counts: target tokens, or for a sequence classifier the labels of whole samples; then `tokens`
-    is the number of labels. `exact` is the part of samples whose target tokens are all predicted rightly, each given
-    the right ones before it: for prompts, how often greedy decoding gives the completion. `corrected` says whether the
-    adapter is one that `correct` wrote.
+    is the number of labels. Of ready inputs with a target it is the entries of the model's output, the loss is the mean
+    squared error, and `accuracy` and `exact` are None. `exact` is the part of samples whose target tokens are all
+    predicted rightly, each given the right ones before it: for prompts, how often greedy decoding gives the completion.
+    `corrected` says whether the adapter is one that `correct` wrote.
     """
 
     model: str
     adapter: str | None
     corrected: bool
     loss: float
-    accuracy: float
-    exact: float
+    accuracy: float | None
+    exact: float | None
     tokens: int
-    predicts: Literal["tokens", "labels"] = "tokens"
+    predicts: Literal["tokens", "labels", "entries"] = "tokens"
 
     @property
     def perplexity(self) -> float | None:
-        """exp(loss); None for labels."""
+        """exp(loss); None for labels and entries."""
         return math.exp(min(self.loss, 700.0)) if self.predicts == "tokens" else None
 
 
@@ -66,11 +69,12 @@ def evaluate(
 ) -> list[Evaluation]:
     """Evaluate `base`, `emulator`, or both, each without an adapter and with every one of `adapters`.
 
-    Targets are all tokens of a `text` or a chat, the completion of a `prompt`, or the label of a text. A corrected
+    Targets are all tokens of a `text` or a chat, the completion of a `prompt`, the label of a text, or what
+    `record-inputs` kept as the target of a denoiser's call. A corrected
     adapter belongs to the base and is not run on the emulator. `trust_remote_code` is for the base's code alone; an
     emulator's is never run. All variants of a model share its passes, one for every `scoring.TOKENS_IN_FLIGHT` tokens,
     counted once for each variant; peak memory is that of one unit and the activations. Raises `UnsupportedError` for
-    models that predict neither the next token nor a label.
+    models that predict neither the next token nor a label and are no denoisers.
     """
     if base is None and emulator is None:
         raise InputError("give --base, --emulator or both")
@@ -83,7 +87,7 @@ def evaluate(
     opened = []
     if base is not None:
         require_original(base)
-        opened.append(open_base_target(base, revision, dtype, trust_remote_code))
+        opened.append(open_base_target(base, revision, dtype, trust_remote_code, denoisers=True))
     if emulator is not None:
         require_artifact(emulator, EMULATOR, "an emulator")
         opened.append(open_emulator_target(emulator, dtype))
@@ -100,6 +104,7 @@ def evaluate(
             batch_size=batch_size,
             seed=seed,
             trust_remote_code=trust_remote_code and not target.is_emulator,
+            config=target.config,
         )
         target_counts(batches)
         jobs.append((target, usable, batches))
@@ -118,20 +123,20 @@ def evaluate(
             )
         variants = [(None, False), *((str(path), loaded[path][1]) for path in usable)]
         for (adapter, corrected), found in zip(variants, scores, strict=True):
-            results.append(_evaluation(target, adapter, corrected, found))
+            results.append(_evaluation(target, adapter, corrected, found, entries=TARGET in batches[0].inputs))
     return results
 
 
-def _evaluation(target: Target, adapter: str | None, corrected: bool, scores: Scores) -> Evaluation:
+def _evaluation(target: Target, adapter: str | None, corrected: bool, scores: Scores, *, entries: bool) -> Evaluation:
     return Evaluation(
         target.name,
         adapter,
         corrected,
         loss=scores.loss,
-        accuracy=scores.accuracy,
-        exact=scores.exact,
+        accuracy=None if entries else scores.accuracy,
+        exact=None if entries else scores.exact,
         tokens=int(scores.tokens.sum()),
-        predicts="labels" if target.classifies else "tokens",
+        predicts="entries" if entries else "labels" if target.classifies else "tokens",
     )
 
 
@@ -141,8 +146,9 @@ def _part(progress: Progress, number: int, models: int, name: str) -> Callable[[
 
 
 def _load(path: Path) -> tuple[dict[str, LoraPair], bool]:
-    """The pairs of an adapter, and whether `correct` wrote it."""
-    require_artifact(path, ADAPTER, "a PEFT adapter")
-    with contextlib.closing(Adapter(path)) as adapter:
+    """The pairs of an adapter, of PEFT or of diffusers, and whether `correct` wrote it."""
+    if not (path / DIFFUSERS_ADAPTER).is_file():
+        require_artifact(path, ADAPTER, "a PEFT adapter")
+    with contextlib.closing(open_adapter(path)) as adapter:
         require_plain_lora(adapter)
         return load_pairs(adapter), adapter.corrected

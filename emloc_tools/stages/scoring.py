@@ -1,6 +1,7 @@
 """Losses per sample of a streamed model with several adapters, in as few passes over its weights as memory allows.
 
-What is predicted are the target tokens of a sample, or, by a sequence classifier, its one label.
+What is predicted are the target tokens of a sample, or, by a sequence classifier, its one label; or every entry of what
+ready inputs name as the model's `target`, whose loss is the squared error.
 
 Every batch runs once without and once with each adapter; the runs go through the model in lock-step. They are cut into
 waves of `TOKENS_IN_FLIGHT`, and the model is read once for each wave, so that memory is bounded whatever the data are:
@@ -19,7 +20,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from emloc_tools.data.batches import Batch
+from emloc_tools.data.ready_inputs import arguments_of
 from emloc_tools.errors import InputError, NumericalError
+from emloc_tools.files.ready_inputs import TARGET
 from emloc_tools.linalg.cross_entropy import IGNORED, ROWS_PER_SOFTMAX
 from emloc_tools.models.lora import LoraPair, attach_loras
 from emloc_tools.models.weights import ModelWeights
@@ -34,9 +37,10 @@ Guard = Callable[[nn.Module, Iterable[str]], AbstractContextManager[None]]
 
 @dataclass(frozen=True)
 class Scores:
-    """What a model made of each sample's target tokens, all `(samples,)`. A label counts as one token.
+    """What a model made of each sample's target tokens, all `(samples,)`. A label counts as a token, and so an entry.
 
-    `losses` are sums in nats, float64; `right` counts the tokens that were predicted rightly, out of `tokens`, int64.
+    `losses` are sums in nats, or of squares, float64; `right` counts the tokens that were predicted rightly, out of
+    `tokens`, int64; of entries none are.
     Samples without a target stay in, with zeros. `passes` says how many times the model was read, for all adapters.
     """
 
@@ -64,6 +68,8 @@ class Scores:
 
 def target_counts(batches: Sequence[Batch]) -> torch.Tensor:
     """Target tokens of every sample, `(samples,)`, int64; 1 for a label. Raises `InputError` where there is none."""
+    if len({TARGET in batch.inputs for batch in batches}) > 1:
+        raise InputError(f"some of the ready inputs hold a {TARGET} and some none; one loss cannot be taken of both")
     counts = torch.cat([_counts(batch) for batch in batches])
     if not counts.any():
         raise InputError(
@@ -130,7 +136,7 @@ def waves_of(batches: Sequence[Batch], adapters: Sequence[int]) -> list[list[tup
     waves: list[list[tuple[int, int]]] = [[]]
     tokens = 0
     for number, batch in enumerate(batches):
-        size = next(iter(batch.inputs.values())).numel()
+        size = _positions(next(iter(batch.inputs.values())))
         for adapter in adapters:
             if waves[-1] and tokens + size > TOKENS_IN_FLIGHT:
                 waves.append([])
@@ -141,12 +147,13 @@ def waves_of(batches: Sequence[Batch], adapters: Sequence[int]) -> list[list[tup
 
 
 def forward_of(model: nn.Module, batch: Batch, device: torch.device, guard: Guard) -> Callable[[], torch.Tensor]:
-    inputs = {name: tensor.to(device) for name, tensor in batch.inputs.items() if name != "labels"}
+    inputs = {name: tensor.to(device) for name, tensor in batch.inputs.items() if name not in ("labels", TARGET)}
     options = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
 
     def call() -> torch.Tensor:
         with guard(model, inputs):
-            return model(**inputs, **options).logits  # type: ignore[no-any-return]
+            output = model(**arguments_of(inputs), **options)
+            return output[0] if TARGET in batch.inputs else output.logits  # type: ignore[no-any-return]
 
     return call
 
@@ -154,8 +161,11 @@ def forward_of(model: nn.Module, batch: Batch, device: torch.device, guard: Guar
 def _score(batch: Batch, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Summed loss (float64) and right predictions (int64) of each sample's targets, both `(batch,)`, on the CPU.
 
-    `logits (batch, length, vocabulary)` are those of the token after each, or `(batch, labels)` those of the labels.
+    `logits (batch, length, vocabulary)` are those of the token after each, or `(batch, labels)` those of the labels; or
+    they are an output that has the shape of the batch's target.
     """
+    if TARGET in batch.inputs:
+        return _score_entries(batch.inputs[TARGET], logits)
     if (known := _labels(batch)) is not None:
         return _score_labels(known, logits)
     if logits.dim() != 3:
@@ -187,8 +197,26 @@ def _score_labels(labels: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Ten
     return losses, (rows.argmax(-1) == labels).long()
 
 
+def _score_entries(target: torch.Tensor, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same of the entries of an output: squared errors, and nothing that is right."""
+    if not isinstance(output, torch.Tensor) or output.shape != target.shape:
+        shape = list(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
+        raise InputError(f"the model gives {shape} and the {TARGET} of the ready inputs is {list(target.shape)}")
+    errors = (output.detach().float().cpu() - target.float()).square().double()
+    return errors.flatten(1).sum(1), torch.zeros(len(errors), dtype=torch.int64)
+
+
+def _positions(tensor: torch.Tensor) -> int:
+    """Tokens in a model's first input: ids, hidden states `(batch, length, size)`, or a picture with its channels."""
+    if tensor.is_floating_point() and tensor.dim() > 2:
+        return tensor.numel() // (tensor.shape[2] if tensor.dim() == 3 else tensor.shape[1])
+    return tensor.numel()
+
+
 def _counts(batch: Batch) -> torch.Tensor:
     """What is predicted of each sample, `(batch,)` int64."""
+    if (target := batch.inputs.get(TARGET)) is not None:
+        return torch.full((len(target),), target[0].numel(), dtype=torch.int64)
     labels = _labels(batch)
     return _targets(batch)[1][:, 1:].sum(1) if labels is None else (labels != IGNORED).long()
 
@@ -206,7 +234,9 @@ def _targets(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         return labels, labels != IGNORED
     if ids is None:
         given = ", ".join(batch.inputs)
-        raise InputError(f"the ready inputs {given} hold neither input_ids nor labels, so there is nothing to predict")
+        raise InputError(
+            f"the ready inputs {given} hold neither input_ids nor labels nor a {TARGET}, so there is nothing to predict"
+        )
     if batch.targets is not None:
         return ids, batch.targets
     return ids, batch.mask if batch.mask is not None else torch.ones_like(ids, dtype=torch.bool)

@@ -13,12 +13,13 @@ from emloc_tools.files.json_files import read_json
 from emloc_tools.files.manifest import Selection
 
 Role = Literal["base", "upper bound", "emulator", "uncorrected", "corrected"]
+UNITS = {"tokens": "nats per token", "labels": "nats per label", "entries": "mean squared error"}
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 @dataclass(frozen=True)
 class Loss:
-    """The mean loss of a model with a LoRA or without, in nats per token (per label, for a classifier).
+    """The mean loss of a model with a LoRA or without.
 
     `role` is what the row is there for: the untouched `base`, the `upper bound` trained on the base itself, the
     `emulator`, or the base with a LoRA from one, `uncorrected` or `corrected`. None is what was not recorded.
@@ -34,10 +35,11 @@ class Loss:
 
 @dataclass(frozen=True)
 class Losses:
-    """Losses on the same samples, and the file that says so."""
+    """Losses on the same samples, the file that says so, and what they are measured in."""
 
     name: str
     rows: list[Loss]
+    unit: str = "nats per token"
 
 
 class _Read(BaseModel):
@@ -61,7 +63,8 @@ class _Evaluation(_Read):
     adapter: str | None
     corrected: bool
     loss: Finite
-    accuracy: Finite
+    accuracy: Finite | None
+    predicts: Literal["tokens", "labels", "entries"] = "tokens"
 
 
 class _Evaluations(_Read):
@@ -103,14 +106,15 @@ def is_evaluation(value: dict[str, Any]) -> bool:
 
 def of_evaluation(name: str, value: dict[str, Any]) -> Losses:
     """The losses that `evaluate --json` prints. It does not tell a LoRA of an emulator from one of the base itself."""
+    results = _Evaluations.model_validate(value).results
     rows = []
-    for each in _Evaluations.model_validate(value).results:
+    for each in results:
         role: Role = "emulator"
         if each.model == "base":
             role = "base" if each.adapter is None else "corrected" if each.corrected else "uncorrected"
         label = each.model if each.adapter is None else f"{each.model}, {each.adapter}"
         rows.append(Loss(label, role, each.loss, accuracy=each.accuracy))
-    return Losses(name, rows)
+    return Losses(name, rows, UNITS[results[0].predicts])
 
 
 def of_selection(name: str, selection: Selection) -> Losses:
@@ -120,7 +124,7 @@ def of_selection(name: str, selection: Selection) -> Losses:
         role: Role = {"none": "base", "trained": "uncorrected", "corrected": "corrected"}[each.adapter]  # type: ignore[assignment]
         label = "base" if each.adapter == "none" else f"base, LoRA {role}, scale {each.scale:g}"
         rows.append(Loss(label, role, each.loss, each.standard_error, chosen=place == selection.chosen))
-    return Losses(name, rows)
+    return Losses(name, rows, "nats per token or label")  # which of the two is not recorded
 
 
 def _first(error: ValidationError) -> str:

@@ -190,7 +190,7 @@ def losses_plot(losses: Losses) -> Figure:
         axes.set_yticks(range(len(rows)), [row.label for row in rows])
         axes.set_ylim(len(rows) - 0.5, -0.7)
         axes.margins(x=0.18)
-        axes.set_xlabel("loss per token or label, in nats (less is better)")
+        axes.set_xlabel(f"loss, {losses.unit} (less is better)")
         axes.grid(axis="y", linewidth=0.5)
         axes.tick_params(axis="y", length=0, labelcolor=INK)
     return figure

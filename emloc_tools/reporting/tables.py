@@ -197,7 +197,7 @@ def measured(losses: Losses) -> Table:
     errors = any(row.standard_error is not None for row in losses.rows)
     columns = {
         "model and LoRA": False,
-        "loss, nats": True,
+        f"loss, {losses.unit}": True,
         **({"standard error": True} if errors else {}),
         "against the base": True,
         **({"accuracy": True} if accurate else {}),

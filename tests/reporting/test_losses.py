@@ -10,6 +10,7 @@ import pytest
 from emloc_tools.errors import InputError
 from emloc_tools.files.manifest import Candidate, DataRecord, Selection
 from emloc_tools.reporting import losses
+from emloc_tools.reporting.tables import measured
 
 RECORDED = Path(__file__).parent.parent.parent / "benchmarks" / "results" / "demo.json"
 
@@ -63,9 +64,19 @@ def test_an_evaluation_tells_corrected_loras_from_others() -> None:
         ("base, b", "corrected"),
         ("emulator, a", "emulator"),
     ]
+    assert found.unit == "nats per token"
     assert losses.is_evaluation({"results": rows})
     assert not losses.is_evaluation({"results": []})
     assert not losses.is_evaluation({"results": [{**rows[0], "loss": "5.0"}]})
+
+
+def test_a_denoisers_evaluation_has_errors_and_no_accuracy() -> None:
+    row = {"model": "base", "adapter": None, "corrected": False, "loss": 0.5, "accuracy": None, "predicts": "entries"}
+    found = losses.of_evaluation("e.json", {"results": [row]})
+    assert (found.unit, found.rows[0].accuracy) == ("mean squared error", None)
+    assert losses.of_evaluation("e.json", {"results": [{**row, "predicts": "labels"}]}).unit == "nats per label"
+    (header, *_) = measured(found).columns[1:]
+    assert header == "loss, mean squared error"
 
 
 def test_a_selection_keeps_its_standard_errors_and_its_choice() -> None:

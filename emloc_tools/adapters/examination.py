@@ -90,7 +90,7 @@ class _Examiner:
         self._expected: PeftKeys | None = None
 
     def run(self) -> Examination:
-        fitting = {module for module, keys in self._pairs.items() if self._fits(module, keys)}
+        fitting = {module for module in self._pairs if self._fits(module)}
         self._report_unclear()
         self._report_shapes(module for module in self._pairs if module in self._modules and module not in fitting)
         self._report_renamed()
@@ -101,9 +101,9 @@ class _Examiner:
         self._found.groups = self._groups(fitting)
         return self._found
 
-    def _fits(self, module: str, keys: LoraKeys) -> bool:
+    def _fits(self, module: str) -> bool:
         shape = self._shape(module)
-        return shape is not None and self._pair_shape(module, keys) == shape
+        return shape is not None and self._adapter.pair_shape(module) == shape
 
     def _shape(self, module: str) -> tuple[int, int] | None:
         """The shape of a module's weight as `B A` must have it; None for a module without, and for other kinds."""
@@ -114,10 +114,6 @@ class _Examiner:
             return None
         layer = describe(module, found)
         return layer.out_features, layer.in_features
-
-    def _pair_shape(self, module: str, keys: LoraKeys) -> tuple[int, int]:
-        A, B = (self._adapter.tensors.spec(name).shape for name in (keys.A, keys.B))
-        return (A[1], B[0]) if module in self._adapter.embeddings else (B[0], A[1])
 
     def _report_unclear(self) -> None:
         unclear = self._naming.unclear
@@ -153,7 +149,7 @@ class _Examiner:
 
     def _report_shapes(self, modules: Iterable[str]) -> None:
         for module in modules:
-            shape, pair = self._shape(module), self._pair_shape(module, self._pairs[module])
+            shape, pair = self._shape(module), self._adapter.pair_shape(module)
             kind = type(self._modules[module]).__name__
             what = f"is {shape[0]} x {shape[1]}" if shape else f"is a {kind}, to which no pair can be added"
             self._found.problems.append(
@@ -256,7 +252,7 @@ class _Examiner:
             layer=name,
             pairs=len(modules),
             found=len(fitting.intersection(modules)),
-            shape=_each(_by(self._pair_shape(module, self._pairs[module])) for module in modules),
+            shape=_each(_by(self._adapter.pair_shape(module)) for module in modules),
             rank=_each(str(keys.rank) for keys in pairs),
             scaling=_each(f"{keys.scaling:.6g}" for keys in pairs),
         )

@@ -101,6 +101,12 @@ class Adapter:
         names = [name for name in self.tensors.names() if name.startswith(self.prefix) and name.endswith(end)]
         return {m: self._keys(m, stem) for m in (n.removeprefix(self.prefix).removesuffix(end) for n in names)}
 
+    def pair_shape(self, module: str) -> tuple[int, int]:
+        """The shape of the weight that a module's pair is for: `(out, in)`, of an embedding `(rows, features)`."""
+        keys = self.loras.get(module) or self.embeddings[module]
+        A, B = self.tensors.spec(keys.A).shape, self.tensors.spec(keys.B).shape
+        return (B[0], A[1]) if module in self.loras else (A[1], B[0])
+
     def pair(self, module: str) -> tuple[torch.Tensor, torch.Tensor]:
         """`A (r, in)` and `B (out, r)` of a module in the stored dtype; NaN or infinity is a `FormatError`."""
         keys = self.loras[module]

@@ -91,19 +91,17 @@ class _Planner:
         """The pair of an adapted module."""
         name = self._adapted.get(module) or self._refuse_unknown(module)
         layer = self._linear(name)
-        spec_A, spec_B = (self._trained.tensors.spec(key) for key in self._keys(module))
         shape = (layer.out_features, layer.in_features)
-        pair = (spec_B.shape[0], spec_A.shape[1])
-        require_pair_shape(module, pair, shape, f"the layer of {self._base_id}")
+        require_pair_shape(module, self._trained.pair_shape(module), shape, f"the layer of {self._base_id}")
         self._add(self._own_weight(name), layer=layer, lora=module)
 
     def add_embedding(self, module: str) -> None:
         """The pair of an adapted embedding, whose A and B are the transposes of a linear layer's B and A."""
-        name, keys = self._adapted.get(module) or self._refuse_unknown(module), self._trained.embeddings[module]
+        name = self._adapted.get(module) or self._refuse_unknown(module)
         embedding = self._modules[name]
         if not isinstance(embedding, nn.Embedding):
             raise UnsupportedError(f"{name} of {self._base_id} is a {type(embedding).__name__} and no embedding")
-        rows, features = self._trained.tensors.spec(keys.A).shape[1], self._trained.tensors.spec(keys.B).shape[0]
+        rows, features = self._trained.pair_shape(module)
         shape = (embedding.num_embeddings, embedding.embedding_dim)
         if (rows, features) != shape:
             raise MismatchError(
@@ -133,10 +131,6 @@ class _Planner:
         if change.lora is not None and fields.get("lora") is not None:
             raise MismatchError(f"{self._trained.folder} adapts {change.lora} and {fields['lora']}, which are the same")
         self.changes[checkpoint] = replace(change, **fields)  # type: ignore[arg-type]
-
-    def _keys(self, module: str) -> tuple[str, str]:
-        keys = self._trained.loras[module]
-        return keys.A, keys.B
 
     def _linear(self, name: str) -> Layer:
         module = self._modules[name]

@@ -185,11 +185,10 @@ def _problems_with(adapter: RenamedAdapter, folder: Path, base: str, architectur
                 refuse_saved_factors(adapter, bundle)
             elif adapter.manifest.emulator != bundle.hash:
                 raise MismatchError(f"{adapter.folder} was corrected with another emulator than that in {folder}")
-            for module, keys in adapter.loras.items():
-                if module in bundle.layers:
-                    layer = bundle.layers[module]
-                    pair = (adapter.tensors.spec(keys.B).shape[0], adapter.tensors.spec(keys.A).shape[1])
-                    require_pair_shape(module, pair, (layer.out_features, layer.in_features), "the emulator's layer")
+            for module in bundle.layers.keys() & adapter.loras.keys():
+                layer = bundle.layers[module]
+                shape = (layer.out_features, layer.in_features)
+                require_pair_shape(module, adapter.pair_shape(module), shape, "the emulator's layer")
         except EmlocError as error:
             return [str(error)]
     return []

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ from tests import pico
 from tests.adapters import subjects
 from tests.adapters.subjects import PREFIX, WEIGHTS, Subject
 from tests.conftest import Run
+from tests.models.fake_hub import FakeHub, serve
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +118,21 @@ def test_of_the_base_only_the_configuration_is_read(subject: Subject, tmp_path: 
     (tmp_path / "base").mkdir()
     shutil.copyfile(subject.base / "config.json", tmp_path / "base" / "config.json")
     assert verify(adapter=subject.adapter, base=str(tmp_path / "base")).refusal is None
+
+
+def test_of_a_hub_id_no_weights_are_fetched(subject: Subject, tmp_path: Path) -> None:
+    """In a process of its own, since huggingface_hub reads its settings once."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    environment |= {"HF_HOME": str(tmp_path / "home"), "NO_PROXY": "127.0.0.1"}
+    words = ["verify", "--base", "org/model", "--adapter", str(subject.adapter), "--json"]
+    with serve(FakeHub({"org/model": {"main": subject.base}})) as hub:
+        environment["HF_ENDPOINT"] = hub.url
+        command = [sys.executable, "-m", "emloc_tools", *words]
+        done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["matching"] == 42
+    assert "config.json" in hub.fetched()
+    assert not [name for name in hub.fetched() if name.endswith(".safetensors")]
 
 
 def test_modules_that_the_configuration_means_and_no_pair_has_are_a_warning(subject: Subject, tmp_path: Path) -> None:

@@ -48,6 +48,14 @@ class Group(click.Group):
         """The commands as they were added: the order in which they are used."""
         return list(self.commands)
 
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the commands in their sections, aligned over all of them."""
+        width = max(map(len, self.commands))
+        for title, commands in SECTIONS.items():
+            with formatter.section(title):
+                rows = [(command.name or "", command.get_short_help_str(limit=formatter.width)) for command in commands]
+                formatter.write_dl([(name.ljust(width), summary) for name, summary in rows])
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command. Unexpected exceptions keep their traceback."""
         try:
@@ -107,9 +115,13 @@ def main() -> None:
     logging.getLogger("bitsandbytes.backends").setLevel(logging.ERROR)
 
 
-COMMANDS = (
-    *(plan, fit_head, record_inputs, calibrate, merge_calibration, build_emulator, truncate, export, trainer_config),
-    *(correct, refine, verify, merge, evaluate, inspect, report, push, pull, demo),
-)
-for command in COMMANDS:
-    main.add_command(command)
+# In the order of work.
+SECTIONS = {
+    "The base and your data": (plan, fit_head, record_inputs, calibrate, merge_calibration),
+    "The emulator": (build_emulator, truncate, export, trainer_config),
+    "The LoRA": (correct, refine, verify, merge, evaluate),
+    "Look and share": (inspect, report, push, pull, demo),
+}
+for section in SECTIONS.values():
+    for command in section:
+        main.add_command(command)

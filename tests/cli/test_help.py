@@ -15,6 +15,7 @@ import click
 import pytest
 
 from emloc_tools.cli import main
+from emloc_tools.cli.group import SECTIONS
 from emloc_tools.cli.help import COLUMN, GROUP_OF, GROUPS, LAST, GroupedCommand
 from tests.cli.conftest import Invoke
 
@@ -64,8 +65,11 @@ def test_examples_are_valid_command_lines_and_fit_in_80_columns(name: str) -> No
 @pytest.mark.parametrize("columns", [80, 110])
 def test_the_list_of_commands_is_in_order_of_work_and_not_cut(invoke: Invoke, columns: int) -> None:
     text = invoke("--help", columns=columns).stdout
-    listed = text.partition("Commands:\n")[2].splitlines()
+    sections = text.partition("  -h, --help")[2].split("\n\n")[1:]
+    assert [section.partition(":")[0] for section in sections] == list(SECTIONS)
+    listed = [line for section in sections for line in section.splitlines()[1:]]
     assert [line.split()[0] for line in listed] == COMMANDS
+    assert len({re.match(r"  \S+ +", line).end() for line in listed}) == 1  # all summaries begin in one column
     assert "..." not in "".join(listed)
     assert max(map(len, listed)) <= 80
 

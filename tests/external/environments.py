@@ -5,6 +5,11 @@
 creates `.venv-trainer-old`, `-new` and `-trl` in the repository's root, or makes them anew when something that
 they were made from changed. Each is a virtual environment with the releases of `constraints-<name>.txt` in it. torch,
 which may take gigabytes, is not installed again: it and its own dependencies are links to the running environment.
+
+    python -m tests.external.environments --released
+
+also creates one for each of the trainers that ask for releases of their own, as pip resolves them, each with a torch of
+its own: some 6 GB each. `make test-trainers` runs those that are there.
 """
 
 from __future__ import annotations
@@ -26,6 +31,15 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 NAMES = ("old", "new")  # two generations of transformers
 TRAINERS = "trl"  # for the runs of trainers; transformers' own and accelerate come with it
+# Of each its release, and what its run needs beside that.
+RELEASED = {
+    "axolotl": ("axolotl==0.19.0",),
+    "llamafactory": ("llamafactory==0.9.5", "bitsandbytes==0.50.2"),
+    "ms-swift": ("ms-swift==4.6.0", "bitsandbytes==0.50.2"),
+    "unsloth": ("unsloth==2026.10.9",),
+    "diffusers": ("diffusers==0.42.1", "transformers==5.24.0", "accelerate==1.15.0", "peft==0.21.2", "tensorboard"),
+}
+TORCH = ("torch==2.13.0", "torchvision==0.28.0", "torchaudio==2.11.0")  # of one build, or torchvision does not load
 REMEDY = "run `python -m tests.external.environments`"
 
 
@@ -81,9 +95,31 @@ class Environment:
         self.stamp.write_text(json.dumps(self.made_from(), indent=2) + "\n", encoding="utf-8")
 
 
-def main() -> None:
+@dataclass(frozen=True)
+class Released(Environment):
+    """An environment of one trainer's release and whatever that asks for."""
+
+    def made_from(self) -> dict[str, Any]:
+        """All that decides what is in it."""
+        return {"python": platform.python_version(), "requirements": [*TORCH, *RELEASED[self.name]]}
+
+    def create(self) -> None:
+        """Make it, in place of what is there."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        venv.create(self.folder, symlinks=True)
+        pip = [sys.executable, "-m", "pip", "--python", str(self.python), "--disable-pip-version-check"]
+        # Three equal signs: not a build for CPUs alone, with which torchvision as it is released does not load.
+        torch = [requirement.replace("==", "===") for requirement in TORCH]
+        subprocess.run([*pip, "install", "--quiet", *torch, *RELEASED[self.name]], check=True)
+        self.stamp.write_text(json.dumps(self.made_from(), indent=2) + "\n", encoding="utf-8")
+
+
+def main(arguments: list[str]) -> None:
     """Make the environments that are missing or stale."""
-    for environment in map(Environment, (*NAMES, TRAINERS)):
+    environments = [*map(Environment, (*NAMES, TRAINERS))]
+    if "--released" in arguments:
+        environments += map(Released, RELEASED)
+    for environment in environments:
         if not environment.is_current():
             print(f"making {environment.folder.name}", flush=True)
             environment.create()
@@ -111,4 +147,4 @@ def link(distribution: importlib.metadata.Distribution, packages: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -2,9 +2,10 @@
 
     python -m tests.external.trainers_table [--only-given] [NAME=FOLDER ...] [dreambooth=SCRIPT]
 
-TRL, transformers and accelerate run in `.venv-trainer-trl`, unless `--only-given`. Of the others, those run whose
-virtual environment is given, such as `axolotl=../axolotl-env`. `dreambooth=../train_dreambooth_lora_flux.py` is a
-script of diffusers, and runs in the environment given by `diffusers=…`. The records of the rest stay as they are.
+TRL, transformers and accelerate run in `.venv-trainer-trl`, unless `--only-given`. Of the others, those run that
+`tests.external.environments --released` made a virtual environment for, or whose environment is given, such as
+`axolotl=../axolotl-env`. `dreambooth=../train_dreambooth_lora_flux.py` is a script of diffusers, and runs in the
+environment of `diffusers`. The records of the rest stay as they are.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from safetensors.torch import load_file
 
 from docs.trainer_pages import RECORD, write_pages
 from tests.external.dreambooth import dreambooth
+from tests.external.environments import RELEASED, Released
 from tests.external.trainers import (
     LOSS,
     OTHER_WAYS,
@@ -37,7 +39,7 @@ from tests.external.trainers import (
 )
 from tests.external.workshop import Case, make_case
 
-PROGRESS = re.compile(r"\d+%\||it/s|s/it|^\s*$|FutureWarning|UserWarning|warnings\.warn")
+PROGRESS = re.compile(r"\d+%\||\d(it/s|s/it)|^\s*$|FutureWarning|UserWarning|warnings\.warn")
 ALL_WAYS = {**WAYS, **SLOW_WAYS, **OTHER_WAYS}
 
 
@@ -45,7 +47,9 @@ def main(arguments: list[str]) -> None:
     """Run and record."""
     only_given = "--only-given" in arguments
     pairs = (argument.split("=", 1) for argument in arguments if argument != "--only-given")
-    given = {name: Path(value).absolute() for name, value in pairs}
+    made = [] if only_given else [environment for environment in map(Released, RELEASED) if environment.is_current()]
+    given = {environment.name: environment.folder for environment in made}
+    given |= {name: Path(value).absolute() for name, value in pairs}
     others = {name: way for name, way in OTHER_WAYS.items() if way.trainer in given}
     ways = {} if only_given else {**WAYS, **SLOW_WAYS}
     ways |= {name: replace(way, programs=given[way.trainer] / "bin") for name, way in others.items()}

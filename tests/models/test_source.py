@@ -94,11 +94,11 @@ def states(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def hub(states: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A Hub with the repository `org/tiny`, one that is gated and one that is quantised."""
+    """A Hub with the repository `org/tiny`, one that is gated and one that is quantised in a way that is not read."""
     quantised = tmp_path_factory.mktemp("quantised")
     shutil.copytree(states["v2"], quantised, dirs_exist_ok=True)
     config = json.loads((quantised / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    config["quantization_config"] = {"quant_method": "hqq"}
     (quantised / "config.json").write_text(json.dumps(config))
     repositories = {"org/tiny": states, "org/gated": {"main": quantised}, "org/quantised": {"main": quantised}}
     with serve(FakeHub(repositories, gated=frozenset({"org/gated"}))) as served:

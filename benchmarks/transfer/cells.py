@@ -53,7 +53,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 USES = {"uses of paper": "paper", "uses of gradient": "gradient"}
 # Corrected LoRAs that are trained some more on the base itself.
 REFINED = {"refined paper": "paper", "refined gradient": "gradient"}
-REFINEMENTS = (2, 4, 8)  # steps
+REFINEMENTS = (4, 8)  # steps
 STEP_SIZES = {"step sizes of gradient": "gradient"}  # other settings of the 4 steps
 ALONE = "steps on the base alone"  # controls: what the base gives without an emulator
 STAND_INS = ("layers dropped", "magnitudes pruned", "smaller model")
@@ -183,9 +183,11 @@ class Group:
     def _refinements(self, cell: Cell) -> dict[str, dict[str, Any]]:
         """What `refine` is asked for, by the name of the variant."""
         if cell.kind in REFINED:
-            return {f"{steps} steps": {"steps": steps} for steps in REFINEMENTS}
+            few = {"2 steps of 0.2": {"steps": 2, "step_size": 0.2}}
+            return few | {f"{steps} steps": {"steps": steps} for steps in REFINEMENTS}
         sizes: dict[str, dict[str, Any]] = {f"4 steps of {n:g}": {"steps": 4, "step_size": n} for n in (0.1, 0.4)}
-        return {**sizes, "4 steps, the first at full length": {"steps": 4, "schedule": falling}}
+        few: dict[str, dict[str, Any]] = {"1 step": {"steps": 1}, "2 steps": {"steps": 2}}
+        return {**few, **sizes, "4 steps, the first at full length": {"steps": 4, "schedule": falling}}
 
     def _alone(self) -> list[dict[str, Any]]:
         """LoRAs that saw the base alone: with as many samples as a refined one, and with its last steps only."""

@@ -32,7 +32,8 @@ from emloc_tools.stages.passes import activation_bytes, call_of, require_room, s
 from emloc_tools.stages.refinement import Objective, refine_pairs
 from emloc_tools.stages.refusals import require_apart, require_artifact, require_original, require_plain_lora
 
-STEPS, SAMPLES, STEP_SIZE = 8, 64, 0.2  # decided by the bench, docs/transfer.md
+STEPS, SAMPLES = 8, 64  # decided by the bench, docs/transfer.md, and so are the two below
+STEP_SIZE, SIZE_PER_STEP = 0.2, 0.05  # the largest step size, and what few steps have for each
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def refine(
     revision: str | None = None,
     steps: int = STEPS,
     samples_per_step: int = SAMPLES,
-    step_size: float = STEP_SIZE,
+    step_size: float | None = None,
     max_length: int | None = 2048,
     batch_size: int = 1,
     seed: int = 0,
@@ -73,7 +74,8 @@ def refine(
     holds one unit of it, the LoRA with its gradients and two moments in float32, and the activations of one batch;
     those of all samples of a step pass through a temporary file beside the output. The loss is that of
     `calibrate --gradients`. Samples are dealt in an order that `seed` shuffles, again from the start where a file has
-    fewer. Rank, scaling, dtype and the files' layout stay.
+    fewer. `step_size` is by default 0.2, and less for fewer than four steps. Rank, scaling, dtype and the files' layout
+    stay.
 
     Raises `MismatchError` for an adapter that is not corrected or of another base, `InputError` for unusable paths or
     data and for too full a disk, `UnsupportedError` for adapters with other tensors than pairs and for models without a
@@ -84,7 +86,9 @@ def refine(
         require_artifact(adapter, ADAPTER, "a corrected adapter")
     require_apart(output, [adapter, Path(base), data])
     check_output(output, overwrite=overwrite)
-    if not 0 < step_size < math.inf:
+    if step_size is None:
+        step_size = min(STEP_SIZE, SIZE_PER_STEP * steps)
+    elif not 0 < step_size < math.inf:
         raise InputError(f"--step-size {step_size:g} must be a number above 0, such as {STEP_SIZE:g}")
     device = choose_device(device)
     with contextlib.ExitStack() as stack:

@@ -251,6 +251,15 @@ def test_the_same_inputs_give_the_same_bytes_and_other_samples_others(corrected:
     assert distance(pairs(tmp_path / "one"), pairs(tmp_path / "other")) > 0
 
 
+@pytest.mark.parametrize(("steps", "size"), [(1, 0.05), (2, 0.1), (4, 0.2), (5, 0.2)])
+def test_few_steps_are_shorter(corrected: Corrected, tmp_path: Path, steps: int, size: float) -> None:
+    """By default: the first step of Adam, which does harm at full length, is a large part of them."""
+    case, adapter = corrected()
+    run(case, adapter, tmp_path / "default", steps=steps, step_size=None, samples_per_step=1)
+    run(case, adapter, tmp_path / "given", steps=steps, step_size=size, samples_per_step=1)
+    assert distance(pairs(tmp_path / "default"), pairs(tmp_path / "given")) == 0
+
+
 def batches(sizes: Sequence[int]) -> list[Batch]:
     return [Batch({"input_ids": torch.zeros(size, 4, dtype=torch.long)}, None, None) for size in sizes]
 

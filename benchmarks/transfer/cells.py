@@ -183,8 +183,8 @@ class Group:
     def _refinements(self, cell: Cell) -> dict[str, dict[str, Any]]:
         """What `refine` is asked for, by the name of the variant."""
         if cell.kind in REFINED:
-            few = {"2 steps of 0.2": {"steps": 2, "step_size": 0.2}}
-            return few | {f"{steps} steps": {"steps": steps} for steps in REFINEMENTS}
+            at_full_length: dict[str, dict[str, Any]] = {"2 steps of 0.2": {"steps": 2, "step_size": 0.2}}
+            return at_full_length | {f"{steps} steps": {"steps": steps} for steps in REFINEMENTS}
         sizes: dict[str, dict[str, Any]] = {f"4 steps of {n:g}": {"steps": 4, "step_size": n} for n in (0.1, 0.4)}
         few: dict[str, dict[str, Any]] = {"1 step": {"steps": 1}, "2 steps": {"steps": 2}}
         return {**few, **sizes, "4 steps, the first at full length": {"steps": 4, "schedule": falling}}

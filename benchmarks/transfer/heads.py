@@ -189,7 +189,8 @@ def measure(model: Path, data: Path, adapters: Sequence[Path]) -> list[dict[str,
     """Loss and accuracy of a model on held-out statements, and of it with each adapter."""
     options: dict[str, Any] = {"data": data, "max_length": LENGTH, "batch_size": 8, "dtype": "float32"}
     results = evaluate(base=str(model), adapters=adapters, **options)
-    return [{"loss": result.loss, "accuracy": result.accuracy} for result in results]
+    # A classifier's results have an accuracy, all of them.
+    return [{"loss": r.loss, "accuracy": r.accuracy} for r in results if r.accuracy is not None]
 
 
 KEYS = ("decay", "emulator", "way")

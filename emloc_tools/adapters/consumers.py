@@ -100,7 +100,8 @@ def _vllm(served: Served) -> tuple[list[str], list[str], list[str]]:
     init = config.get("init_lora_weights")
     if isinstance(init, str) and init.lower() not in VLLM_INITS:
         problems.append(f"refuses init_lora_weights={init!r}")
-    whole = [name for name in config.get("modules_to_save") or () if name not in VLLM_HEADS]
+    saved = config.get("modules_to_save") or []
+    whole = [str(name) for name in (saved if isinstance(saved, list) else [saved]) if name not in VLLM_HEADS]
     if whole:
         problems.append(f"refuses modules_to_save of other modules than {' and '.join(VLLM_HEADS)}: {', '.join(whole)}")
     unread = [name for name in served.beside if not _vllm_reads(name)]

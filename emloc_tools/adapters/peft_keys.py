@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -49,8 +50,10 @@ def expected_keys(model: nn.Module, config: Mapping[str, Any]) -> PeftKeys:
             adapted: Any = inject_adapter_in_model(settings, copy.deepcopy(model), low_cpu_mem_usage=True)
         except ValueError as error:
             raise MismatchError(f"PEFT cannot put the adapter on the model: {first_line(error)}") from error
-        except (TypeError, AttributeError, NotImplementedError, RuntimeError, ImportError) as error:
-            raise UnsupportedError(f"the installed PEFT cannot build the adapter: {first_line(error)}") from error
+        except (TypeError, AttributeError, KeyError, RuntimeError, ImportError, re.error) as error:
+            raise UnsupportedError(
+                f"the installed PEFT cannot build an adapter by this configuration: {first_line(error)}"
+            ) from error
         tensors = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     own = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     return PeftKeys(own, {name: tuple(tensor.shape) for name, tensor in adapted.state_dict().items()})

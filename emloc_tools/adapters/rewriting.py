@@ -1,4 +1,4 @@
-"""What `verify` changes of an adapter: the names that its configuration uses, and the scalings of its pairs."""
+"""What `verify` changes of an adapter: names in its tensors and its configuration, and the scalings of its pairs."""
 
 from __future__ import annotations
 
@@ -6,13 +6,55 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
+from emloc_tools.adapters.examination import targets_found
 from emloc_tools.errors import NumericalError
 from emloc_tools.files.adapter import LoraKeys
 from emloc_tools.files.adapter_renamed import RenamedAdapter
+from emloc_tools.files.adapter_rewritten import write_rewritten
+from emloc_tools.files.manifest import MadeBy, manifest_dict
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What was changed: names of tensors, fields of the configuration (before and after), and by module B's factor."""
+
+    renamed: dict[str, str]
+    settings: dict[str, Any]
+    folded: dict[str, float]
+
+
+def rewrite(
+    adapter: RenamedAdapter, model: nn.Module, folder: Path, *, fix: bool, fold: bool, made_by: MadeBy
+) -> Changes:
+    """Write into `folder` the adapter under its new names, and with the scalings that follow from one alpha (`fold`).
+
+    With `fix` its configuration means the modules of all pairs on `model`, by their new names.
+    """
+    settings = patterns_by_new_names(adapter) if fix and adapter.renamed else {}
+    if fix and not targets_found(adapter, model, settings):
+        settings |= targets_by_name(adapter)
+    factors: dict[str, float] = {}
+    if fold:
+        fields, factors = one_alpha(adapter)
+        settings |= fields
+    tensors = {name: adapter.read(name) for name in adapter.tensors.names()} | folded(adapter, factors)
+    config = {**adapter.config, **settings}
+    scalings = {module: keys.scaling for module, keys in adapter.loras.items()}
+    if fold:
+        scalings = {module: config["lora_alpha"] / keys.rank for module, keys in adapter.loras.items()}
+    before = {name: adapter.config.get(name) for name in settings}
+    changed = {name: [before[name], value] for name, value in settings.items() if value != before[name]}
+    changes = Changes(adapter.renamed, changed, factors)
+    note = {"made_by": manifest_dict(made_by), "adapter": adapter.hash, **vars(changes)}
+    write_rewritten(folder, adapter, config, tensors, scalings=scalings, made_by=made_by, note=note)
+    return changes
 
 
 def patterns_by_new_names(adapter: RenamedAdapter) -> dict[str, Any]:

@@ -11,18 +11,17 @@ from typing import Any
 from torch import nn
 
 from emloc_tools.adapters.consumers import RELEASES, Served, Serving, serving
-from emloc_tools.adapters.examination import Examination, Group, examine, targets_found
+from emloc_tools.adapters.examination import Examination, Group, examine
 from emloc_tools.adapters.naming import Naming
-from emloc_tools.adapters.rewriting import folded, one_alpha, patterns_by_new_names, targets_by_name
+from emloc_tools.adapters.rewriting import rewrite
 from emloc_tools.errors import EmlocError, InputError, MismatchError, UnsupportedError
 from emloc_tools.files.adapter import CONFIG as ADAPTER
 from emloc_tools.files.adapter_renamed import RenamedAdapter, open_renamed
-from emloc_tools.files.adapter_rewritten import write_rewritten
 from emloc_tools.files.diffusers_lora import WEIGHTS as DIFFUSERS_ADAPTER
 from emloc_tools.files.emulator import MANIFEST as EMULATOR
 from emloc_tools.files.emulator import Emulator
 from emloc_tools.files.folders import check_output, new_folder
-from emloc_tools.files.manifest import made_by, manifest_dict
+from emloc_tools.files.manifest import made_by
 from emloc_tools.models.adapted import require_pair_shape
 from emloc_tools.models.diffusion import DiffusersConfig
 from emloc_tools.models.skeleton import build_skeleton, compute_dtype, load_config, model_class
@@ -117,15 +116,17 @@ def verify(
     with contextlib.closing(found):
         if output is None:
             return _judged(result)
+        _require_rewritable(found, fix=fix, fold=fold_scaling)
         with new_folder(output, overwrite=overwrite) as folder:
-            changes = _rewrite(found, opened.model, folder, command, opened.library, fix=fix, fold=fold_scaling)
+            made = made_by(command, opened.library)
+            changes = rewrite(found, opened.model, folder, fix=fix, fold=fold_scaling, made_by=made)
             written, after = _verification(folder, base, opened, emulator, consumers)
             written.close()
             if after.problems:
                 raise MismatchError(f"{after.problems[0].replace(str(folder), str(adapter))}; nothing was written")
     shown = [_at(each, folder, output) for each in after.serving]
     warnings = [warning.replace(str(folder), str(output)) for warning in after.warnings]
-    return _judged(replace(after, adapter=adapter, output=output, warnings=warnings, serving=shown, **changes))
+    return _judged(replace(after, adapter=adapter, output=output, warnings=warnings, serving=shown, **vars(changes)))
 
 
 def _judged(result: Verification) -> Verification:
@@ -185,7 +186,7 @@ def _problems_with(adapter: RenamedAdapter, folder: Path, base: str, architectur
                 refuse_saved_factors(adapter, bundle)
             elif adapter.manifest.emulator != bundle.hash:
                 raise MismatchError(f"{adapter.folder} was corrected with another emulator than that in {folder}")
-            for module in bundle.layers.keys() & adapter.loras.keys():
+            for module in sorted(bundle.layers.keys() & adapter.loras.keys()):
                 layer = bundle.layers[module]
                 shape = (layer.out_features, layer.in_features)
                 require_pair_shape(module, adapter.pair_shape(module), shape, "the emulator's layer")
@@ -194,8 +195,13 @@ def _problems_with(adapter: RenamedAdapter, folder: Path, base: str, architectur
     return []
 
 
-def _uncorrected(adapter: RenamedAdapter) -> list[str]:
-    """A warning if the adapter was trained on an emulator and not corrected since."""
+def _provenance(adapter: RenamedAdapter, architecture: str) -> list[str]:
+    """A warning if the adapter was trained on an emulator and not corrected since, or corrected for another class."""
+    if adapter.manifest is not None and adapter.manifest.base.architecture != architecture:
+        made_for = adapter.manifest.base
+        return [
+            f"{adapter.folder} was corrected for {made_for.id}, a {made_for.architecture}; this is a {architecture}"
+        ]
     try:
         require_meant(adapter, None)
     except MismatchError:
@@ -217,47 +223,21 @@ def _result(
         groups=examination.groups,
         passed_on=examination.passed_on,
         problems=examination.problems,
-        warnings=[*examination.warnings, *_uncorrected(adapter)],
+        warnings=[*examination.warnings, *_provenance(adapter, type(opened.model).__name__)],
         serving=served,
     )
 
 
-def _rewrite(
-    adapter: RenamedAdapter, model: nn.Module, folder: Path, command: str, library: Library, *, fix: bool, fold: bool
-) -> dict[str, Any]:
-    """Write the changed adapter into `folder`; returns the fields of `Verification` that say what was changed."""
+def _require_rewritable(adapter: RenamedAdapter, *, fix: bool, fold: bool) -> None:
+    """Refuse what one of the options alone cannot do, and scalings that cannot be folded."""
     if adapter.renamed and not fix:
         raise MismatchError(f"{adapter.folder} holds tensors under other names than PEFT reads; add --fix")
-    settings = patterns_by_new_names(adapter) if fix and adapter.renamed else {}
-    if fix and not targets_found(adapter, model, settings):
-        settings |= targets_by_name(adapter)
-    factors: dict[str, float] = {}
+    if fold and adapter.component is not None:
+        raise UnsupportedError(
+            f"{adapter.folder} is in the file of diffusers, whose readers take every scaling; leave --fold-scaling out"
+        )
     if fold:
-        if adapter.component is not None:
-            raise UnsupportedError(
-                f"{adapter.folder} is in the file of diffusers, whose readers take every scaling; leave --fold-scaling "
-                "out"
-            )
         require_plain_lora(adapter)
-        fields, factors = one_alpha(adapter)
-        settings |= fields
-    tensors = {name: adapter.read(name) for name in adapter.tensors.names()} | folded(adapter, factors)
-    config = {**adapter.config, **settings}
-    scalings = {
-        name: config["lora_alpha"] / keys.rank if fold else keys.scaling for name, keys in adapter.loras.items()
-    }
-    changed = {name: [adapter.config.get(name), value] for name, value in settings.items()}
-    changed = {name: both for name, both in changed.items() if both[0] != both[1]}
-    made = made_by(command, library)
-    note = {
-        "made_by": manifest_dict(made),
-        "adapter": adapter.hash,
-        "renamed": adapter.renamed,
-        "settings": changed,
-        "folded": factors,
-    }
-    write_rewritten(folder, adapter, config, tensors, scalings=scalings, made_by=made, note=note)
-    return {"renamed": adapter.renamed, "settings": changed, "folded": factors}
 
 
 def _at(served: Serving, folder: Path, output: Path) -> Serving:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from emloc_tools.errors import FormatError, InputError
+from emloc_tools.errors import FormatError, InputError, UnsupportedError
 from emloc_tools.stages.correct import correct
 from emloc_tools.stages.verify import Verification, verify
 from tests import pico
@@ -112,6 +112,31 @@ def test_a_damaged_adapter_is_refused_by_its_format(subject: Subject, tmp_path: 
     adapter = subjects.changed(subject.adapter, tmp_path / "adapter", r=5)
     with pytest.raises(FormatError, match=r"shapes A \[4, 32\] and B \[32, 4\]|shapes A \[4, 48\] and B \[32, 4\]"):
         found(subject, adapter)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"target_modules": "("}, "PEFT cannot build an adapter by this configuration"),
+        ({"target_modules": 5}, "PEFT cannot build an adapter by this configuration"),
+        ({"target_modules": ["nothing"]}, "PEFT cannot put the adapter on the model: Target modules"),
+        ({"layers_to_transform": "first"}, "PEFT cannot"),
+        ({"modules_to_save": 3}, "PEFT cannot"),
+    ],
+    ids=str,
+)
+def test_a_configuration_that_peft_cannot_use_is_said_in_one_line(
+    subject: Subject, tmp_path: Path, config: dict[str, Any], message: str
+) -> None:
+    adapter = subjects.changed(subject.adapter, tmp_path / "adapter", **config)
+    try:
+        line = str(found(subject, adapter).refusal)
+    except UnsupportedError as error:
+        line = str(error)
+    assert message in line
+    assert "\n" not in line
+    with pytest.raises((ValueError, TypeError, AttributeError, re.error)):  # PEFT's own
+        subjects.loaded(subject, adapter)
 
 
 def test_of_the_base_only_the_configuration_is_read(subject: Subject, tmp_path: Path) -> None:
@@ -218,6 +243,7 @@ def test_a_corrected_adapter_can_be_renamed(run: Run, tmp_path: Path) -> None:
     verify(**options, fix=True, output=tmp_path / "fixed")
     result = verify(base=str(tmp_path / "base"), adapter=tmp_path / "fixed")
     assert (result.refusal, result.corrected, result.matching) == (None, True, 42)
+    assert "a LlamaForCausalLM; this is a LlamaModel" in result.warnings[0]
     layers = json.loads((tmp_path / "fixed" / "emloc.json").read_text())["layers"]
     assert sorted(layers) == sorted(
         name.removeprefix("model.") for name in json.loads((run.corrected / "emloc.json").read_text())["layers"]

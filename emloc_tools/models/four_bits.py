@@ -23,16 +23,16 @@ class FourBits(NamedTuple):
     compute: torch.dtype
 
     def quantised(self, matrix: torch.Tensor) -> Any:
-        """A frozen matrix, row by row in blocks: half a byte and a share of a scale for each number.
+        """A frozen matrix, or a stack of them, row by row in blocks: half a byte and a part of a scale for each number.
 
-        The rows of what bitsandbytes gets are the blocks, the last one filled with zeros. With rows of other lengths
-        its kernels for CPUs may take the scale of another block.
+        The rows of what bitsandbytes gets are the blocks, the last one of a matrix filled up with zeros. With rows of
+        other lengths its kernels for CPUs may take the scale of another block.
         """
         # Not an import statement: transformers would ask everyone who loads this file for bitsandbytes.
         parameter = importlib.import_module("bitsandbytes.nn").Params4bit
-        numbers = matrix.detach().flatten()
+        numbers = matrix.detach().flatten(-2)
         packed = parameter(
-            F.pad(numbers, (0, -len(numbers) % BLOCK)).view(-1, BLOCK),
+            F.pad(numbers, (0, -numbers.shape[-1] % BLOCK)).view(-1, BLOCK),
             requires_grad=False,
             blocksize=BLOCK,
             quant_type=self.kind,
@@ -51,6 +51,18 @@ def dequantised(packed: torch.Tensor, state: Any, shape: tuple[int, int]) -> tor
     """A quantised matrix of a shape, in the dtype that it had."""
     blocks: torch.Tensor = importlib.import_module("bitsandbytes.functional").dequantize_4bit(packed, state)
     return blocks.flatten()[: shape[0] * shape[1]].view(shape)
+
+
+def unstacked(packed: Any, count: int) -> list[tuple[torch.Tensor, Any]]:
+    """The matrices of a quantised stack: their packed numbers, and how they are packed."""
+    library = importlib.import_module("bitsandbytes.functional")
+    state = packed.quant_state
+    scales = state.absmax
+    if state.nested:
+        scales = library.dequantize_blockwise(state.absmax, state.state2) + state.offset
+    kinds = {"code": state.code, "blocksize": BLOCK, "quant_type": state.quant_type, "dtype": state.dtype}
+    parts = zip(packed.detach().as_subclass(torch.Tensor).view(count, -1, 1), scales.float().chunk(count), strict=True)
+    return [(part, library.QuantState(own, shape=torch.Size((len(own), BLOCK)), **kinds)) for part, own in parts]
 
 
 class Product(torch.autograd.Function):

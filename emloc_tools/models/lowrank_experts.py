@@ -4,12 +4,15 @@ This file is also pasted, as it is, into every emulator folder, after `lowrank_l
 torch.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+from emloc_tools.models.four_bits import FourBits, Product, is_quantised, unstacked
 
 
 class Routing(NamedTuple):
@@ -64,6 +67,14 @@ class LowRankExperts(nn.Module):
 
     _is_hf_initialized = True  # transformers would initialise the 3-D parameters
     factored: tuple[str, ...] = ()
+    rows: Mapping[str, int] = MappingProxyType({})  # of each expert's U and Vh; packed numbers do not tell
+    four_bits: FourBits | None = None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        quantises = self.four_bits and name.endswith(("_U", "_Vh"))
+        if quantises and value.device.type != "meta" and not is_quantised(value):
+            value = self.four_bits.quantised(value)  # type: ignore[union-attr]
+        super().__setattr__(name, value)
 
     def factor(self, name: str, rank: int) -> None:
         """Replace the 3-D parameter `name` by factors."""
@@ -76,6 +87,7 @@ class LowRankExperts(nn.Module):
             empty = torch.empty(shape, device=weight.device, dtype=weight.dtype)
             self.register_parameter(f"{name}_{factor}", nn.Parameter(empty, requires_grad=False))
         self.factored = (*self.factored, name)
+        self.rows = {**self.rows, f"{name}_U": out, f"{name}_Vh": rank}
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         args = (*args, *kwargs.values())  # some classes name them otherwise, and all take them in this order
@@ -85,14 +97,30 @@ class LowRankExperts(nn.Module):
         module: Any = self
         grouped = module.config._experts_implementation == "grouped_mm"
         if name in self.factored:
-            U, S, Vh = (getattr(self, f"{name}_{factor}") for factor in ("U", "S", "Vh"))
-            y = _by_expert(_by_expert(x, Vh, routing, grouped) * S[routing.experts], U, routing, grouped)
+            y = self._times(f"{name}_Vh", x, routing, grouped)
+            y = y * getattr(self, f"{name}_S")[routing.experts].to(y.dtype)
+            y = self._times(f"{name}_U", y, routing, grouped)
         else:
             W = getattr(self, name)
             y = _by_expert(x, W.transpose(-2, -1) if module.is_transposed else W, routing, grouped)
         if module.has_bias:
             y = y + getattr(self, f"{name}_bias")[routing.experts]
         return y
+
+    def _times(self, name: str, x: torch.Tensor, routing: Routing, grouped: bool) -> torch.Tensor:
+        stack: Any = getattr(self, name)
+        if not is_quantised(stack):
+            return _by_expert(x, stack, routing, grouped)
+        parts = torch.split(x.to(self.four_bits.compute), routing.counts)  # type: ignore[union-attr]
+        packed = unstacked(stack, len(parts))
+        into = x.shape[-1]
+        out = self.rows[name]
+        found = [
+            Product.apply(parts[number], *packed[number], (out, into))  # type: ignore[no-untyped-call]
+            for number, slots in enumerate(routing.counts)
+            if slots
+        ]
+        return torch.cat(found).to(x.dtype) if found else x.new_zeros(0, out)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}: rank {getattr(self, f'{name}_S').shape[-1]}" for name in self.factored)

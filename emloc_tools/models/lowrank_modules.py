@@ -11,7 +11,7 @@ import transformers
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from emloc_tools.models.four_bits import four_bits_of, skipped
+from emloc_tools.models.four_bits import FourBits, four_bits_of, skipped
 from emloc_tools.models.lowrank_experts import LowRankExperts
 from emloc_tools.models.lowrank_layers import LowRankConv1D, LowRankLayer, LowRankLinear
 
@@ -83,7 +83,7 @@ class LoadsWholly:
         return (model, info) if output_loading_info else model
 
 
-def _factor_stack(model: Any, path: str, rank: int) -> bool:
+def _factor_stack(model: Any, path: str, rank: int, four_bits: FourBits | None) -> bool:
     """Replace a 3-D parameter of an experts module by factors; False if there is no such module."""
     parent, _, name = path.rpartition(".")
     module = dict(model.named_modules()).get(parent)
@@ -93,6 +93,8 @@ def _factor_stack(model: Any, path: str, rank: int) -> bool:
     if not isinstance(module, LowRankExperts):
         module.__class__ = type(f"LowRank{type(module).__name__}", (LowRankExperts, type(module)), {})
     module.factor(name, rank)
+    if four_bits and not skipped(model, path):
+        module.four_bits = four_bits
     return True
 
 
@@ -111,7 +113,12 @@ def factor_layers(model: Any, ranks: dict[str, int]) -> Any:
         alternative = name[len(prefix) :] if name.startswith(prefix) else prefix + name
         path = next((path for path in (name, alternative) if path in modules), None)
         stack = next(
-            (path for path in (name, alternative) if path not in modules and _factor_stack(model, path, rank)), None
+            (
+                path
+                for path in (name, alternative)
+                if path not in modules and _factor_stack(model, path, rank, four_bits)
+            ),
+            None,
         )
         if stack is not None:
             guarded += [stack, name]

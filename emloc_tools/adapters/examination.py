@@ -96,10 +96,16 @@ class _Examiner:
         self._report_renamed()
         self._ask_peft()
         beside = self._examine_beside()
-        counted = [name for module in fitting for name in (self._pairs[module].A, self._pairs[module].B)]
+        counted = [name for module in fitting for name in self._of_pair(module)]
         self._found.matching = sum(self._is_read(name) for name in [*counted, *beside])
         self._found.groups = self._groups(fitting)
         return self._found
+
+    def _of_pair(self, module: str) -> list[str]:
+        """The tensors of a module's pair; in the file of diffusers its alpha may be one."""
+        alpha = f"{self._adapter.prefix}{module}.alpha"
+        keys = self._pairs[module]
+        return [keys.A, keys.B, *([alpha] if alpha in self._adapter.tensors else [])]
 
     def _fits(self, module: str) -> bool:
         shape = self._shape(module)
@@ -199,7 +205,7 @@ class _Examiner:
         for name in self._adapter.other_tensors:
             key = parse_key(name)
             if name in pairs:
-                kinds["tensors of LoRAs on embeddings"] += key.part == EMBEDDING[0]
+                kinds["LoRAs on embeddings"] += key.part == EMBEDDING[0]
                 continue
             if not name.startswith(self._adapter.prefix):
                 kinds[OTHERS] += 1

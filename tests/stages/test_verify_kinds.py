@@ -151,6 +151,18 @@ def test_a_lora_in_the_file_of_diffusers_is_verified_and_fixed_there(tmp_path: P
 
 
 @diffusion
+def test_alphas_in_the_file_of_diffusers_belong_to_the_pairs(tmp_path: Path) -> None:
+    _, _, tensors = flux_adapter(tmp_path)
+    named = {f"transformer.{name}": tensor for name, tensor in tensors.items()}
+    alphas = {f"{name.removesuffix('.lora_A.weight')}.alpha": torch.tensor(5.0) for name in named if "lora_A" in name}
+    (tmp_path / "alphas").mkdir()
+    save_file(named | alphas, tmp_path / "alphas" / "pytorch_lora_weights.safetensors")
+    result = verify(adapter=tmp_path / "alphas", base=str(tmp_path / "base"))
+    assert (result.refusal, result.matching) == (None, len(named) + len(alphas))
+    assert {group.scaling for group in result.groups} == {f"{5 / 3:.6g}"}
+
+
+@diffusion
 def test_another_model_of_diffusers_is_refused(tmp_path: Path) -> None:
     lora, _, _ = flux_adapter(tmp_path)
     pico.save_model(tmp_path / "llama")

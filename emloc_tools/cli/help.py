@@ -26,6 +26,10 @@ GROUP_OF = {name: group for group, names in GROUPS.items() for name in names}
 class GroupedCommand(click.Command):
     """A command whose help has its options in groups, each in the order in which the command names them."""
 
+    def get_help_option_names(self, ctx: click.Context) -> list[str]:
+        """The same in every context, also those without the group's settings: click keeps what it finds first."""
+        return ["-h", "--help"]
+
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the groups that have any option, with aligned texts."""
         rows: dict[str, list[tuple[str, str]]] = {group: [] for group in GROUPS}

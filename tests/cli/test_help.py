@@ -14,6 +14,7 @@ from typing import Any
 import click
 import pytest
 
+from emloc_tools.cli import help as grouped
 from emloc_tools.cli import main
 from emloc_tools.cli.group import SECTIONS
 from emloc_tools.cli.help import COLUMN, GROUP_OF, GROUPS, LAST, GroupedCommand
@@ -147,6 +148,12 @@ def test_every_option_is_in_the_group_of_its_kind_and_once(name: str, invoke: In
         assert (option in shown) == (option in found.get(group, []))
     beginnings = {match.end() for line in text.splitlines() if (match := re.match(r"  -.{1,24}?  +(?=\S)", line))}
     assert beginnings == {2 + COLUMN + 2}  # all texts begin in one column
+
+
+def test_a_command_by_itself_has_the_same_names_for_its_help(invoke: Invoke) -> None:
+    """click keeps the help option that was asked for first, whatever context asked."""
+    by_itself = grouped.command()(lambda: None)
+    assert by_itself.get_help_option(click.Context(by_itself)).opts == ["-h", "--help"]
 
 
 def test_groups_name_only_options_that_some_command_has() -> None:

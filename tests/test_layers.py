@@ -51,7 +51,7 @@ ROOMS: dict[str, set[str]] = {
     "adapters": {"torch", "transformers", "peft", "models", "files", "errors", "records"},
     "hub": {"huggingface_hub", "files", "errors", "records", "wording", "emloc_tools"},
     # Its programs run where nothing of emloc-tools is installed.
-    "trainers": {"torch", "peft", "transformers", "accelerate"},
+    "trainers": {"torch", "peft", "transformers", "accelerate", "trl", "unsloth", "datasets"},
     "stages": {
         "adapters",
         "hub",

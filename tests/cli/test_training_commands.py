@@ -54,5 +54,5 @@ def test_trainer_config_prints_one_json_object(run: Run, invoke: Invoke) -> None
 
 def test_an_unknown_trainer_is_wrong_usage(run: Run, invoke: Invoke) -> None:
     files = ("--emulator", run.emulator, "--data", run.data, "--output", "train.py")
-    assert invoke("trainer-config", "--trainer", "unsloth", *files).status == 2
+    assert invoke("trainer-config", "--trainer", "torchtune", *files).status == 2
     assert not list(Path().iterdir())

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TORCH := $(shell grep '^torch==' constraints.txt)
 OUTPUT ?= demo-run
 
-.PHONY: help demo test test-browser test-trainers lint format docs architectures bench clean
+.PHONY: help demo test test-browser test-trainers lint format docs site architectures bench clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -40,6 +40,9 @@ docs: $(VENV)/.developer ## Write what is generated: command reference, recorded
 	$(BIN)/python -m formats.make_json_schemas
 	$(BIN)/python -m formats.make_plan_golden
 
+site: $(VENV)/.site-builder ## Build the documentation as a site, into site/, with every link checked
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
 architectures: $(VENV)/.developer ## Measure again what docs/architectures.md says of every family of models (two minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.architectures.table
 
@@ -53,7 +56,7 @@ bench: $(VENV)/.developer ## Measure again what docs/benchmarks.md shows (about 
 	$(BIN)/python -m benchmarks.diffusion
 
 clean: ## Remove the environments, caches and the demo's files
-	rm -rf $(VENV) .venv-trainer-* .mypy_cache .ruff_cache .pytest_cache .hypothesis $(OUTPUT)
+	rm -rf $(VENV) site .venv-trainer-* .mypy_cache .ruff_cache .pytest_cache .hypothesis $(OUTPUT)
 
 # torch first and by itself: with its version spelled out, pip takes a CPU build where one is offered locally.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -65,4 +68,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 $(VENV)/.developer: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+$(VENV)/.site-builder: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
 	touch $@

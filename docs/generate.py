@@ -1,4 +1,4 @@
-"""Write what is generated in the documentation: commands, recorded results, and the pages on trainers.
+"""Write what is generated in the documentation: commands, the API, recorded results, and the pages on trainers.
 
     python -m docs.generate
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import click
 
-from docs import trainer_pages
+from docs import api_page, trainer_pages
 from emloc_tools.cli import main as group
 
 DOCS = Path(__file__).parent
@@ -53,7 +53,7 @@ Written by `make docs` from the commands themselves. `emloc-tools COMMAND --help
 def pages() -> dict[Path, str]:
     """The full text of every page that holds something generated."""
     results = {page: with_results(page) for page in WITH_RESULTS}
-    return {DOCS / "cli.md": reference(), **results, **trainer_pages.pages()}
+    return {DOCS / "cli.md": reference(), api_page.PAGE: api_page.page(), **results, **trainer_pages.pages()}
 
 
 def reference() -> str:

@@ -25,7 +25,6 @@ import transformers
 from safetensors.torch import load_file
 
 from docs.trainer_pages import RECORD, write_pages
-from tests.external.dreambooth import dreambooth
 from tests.external.environments import RELEASED, Released
 from tests.external.trainers import (
     LOSS,
@@ -62,6 +61,8 @@ def main(arguments: list[str]) -> None:
         for name, way in ways.items():
             records[name] = record(way, case, Path(folder, "trusting", name), trained[name], refused.get(name))
         if "dreambooth" in given:
+            from tests.external.dreambooth import dreambooth  # needs diffusers, which Python 3.10 does not have
+
             records["diffusers"] = dreambooth(Path(folder, "dreambooth"), given["dreambooth"], given["diffusers"])
     records = {name: records[name] for name in (*ALL_WAYS, "diffusers") if name in records}
     RECORD.write_text(json.dumps(records, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

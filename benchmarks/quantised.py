@@ -48,7 +48,7 @@ def load(emulator: Path, kind: str) -> Any:
         return AutoModelForCausalLM.from_pretrained(emulator, **options)
     quantised = BitsAndBytesConfig(load_in_4bit=True, **settings)
     model = AutoModelForCausalLM.from_pretrained(emulator, quantization_config=quantised, **options)
-    return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)  # type: ignore[no-untyped-call]
+    return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
 
 
 def weights(model: Any) -> dict[str, float]:

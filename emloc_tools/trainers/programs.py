@@ -5,6 +5,7 @@ They are files of their own and not texts in here, so that they are checked like
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -51,8 +52,13 @@ def _filled(script: str, settings: Settings) -> str:
         "NEXT": settings.next_command,
     }
     for name, value in values.items():
-        line = f"{name} = {value!r}"
+        line = f"{name} = {_literal(value)}"
         line = line.replace("\\", "\\\\")  # it is a template of a replacement
         text, count = re.subn(rf"^{name}(?:: [^=\n]+)? = .*$", line, text, flags=re.MULTILINE)
         assert count == 1, f"{script} must set {name} on one line"
     return text
+
+
+def _literal(value: Any) -> str:
+    """A value in Python, texts in double quotes as everywhere in the programs; JSON writes those as Python does."""
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, (str, list)) else repr(value)

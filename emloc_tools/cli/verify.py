@@ -117,3 +117,13 @@ def _draw(out: Console, result: Verification) -> None:
             console.line(out, f"  use: {option}")
         for note in each.notes:
             console.line(out, f"  {note}")
+    console.heading(out, f"\n{_verdict(result)}")
+
+
+def _verdict(result: Verification) -> str:
+    if result.problems:
+        return "Does not apply to the base"
+    if result.refusal is not None:
+        return "Applies to the base, but is not served everywhere as it is"
+    served = ", ".join(each.consumer for each in result.serving)
+    return f"Applies to the base{f', and is served by {served}' if served else ''}"

@@ -30,6 +30,7 @@ def test_an_adapter_that_applies_is_shown_by_groups_and_exits_with_0(subject: Su
         ["model.layers.*.self_attn.q_proj", "3", "3", "32", "x", "32", "4", "3"],
     ]
     assert "use: --max-lora-rank 8" in printed.stdout
+    assert lines[-1] == "Applies to the base, and is served by vllm"
     assert not UNREADABLE.search(printed.stdout)
 
 
@@ -40,6 +41,7 @@ def test_one_that_does_not_apply_is_shown_as_well_and_exits_with_1(
     printed = invoke("verify", "--adapter", adapter, "--base", subject.base)
     assert printed.status == 1
     assert "found by PEFT  0 of 12 tensors" in printed.stdout
+    assert printed.stdout.splitlines()[-1] == "Does not apply to the base"
     assert printed.error.startswith("Error: 12 of 12 tensors of ")
     assert printed.error.endswith("write an adapter that has these with --fix and --output")
     assert not UNREADABLE.search(printed.error)
@@ -50,6 +52,7 @@ def test_a_program_that_would_not_serve_it_decides_the_status(subject: Subject, 
     assert invoke(*words, "--for", "peft", "--for", "vllm").status == 0
     printed = invoke(*words, "--for", "peft", "--for", "llama.cpp")
     assert printed.status == 1
+    assert printed.stdout.splitlines()[-1] == "Applies to the base, but is not served everywhere as it is"
     assert "does not read use_rslora" in printed.error
     assert "--fold-scaling" in printed.error
 

@@ -161,7 +161,11 @@ class Adapter:
             if match:
                 modules.add(match[1])
         if not modules:
-            raise FormatError("A4", self.weights_path, "", "holds no lora_A/lora_B pair of any linear layer")
+            message = "holds no lora_A/lora_B pair of any linear layer"
+            other = next((name for name in self.tensors.names() if re.search(r"(^|\.)lora_A\.", name)), None)
+            if other is not None:
+                message += f" under the names of PEFT, but {other}; emloc-tools verify --fix writes one that has these"
+            raise FormatError("A4", self.weights_path, "", message)
         return sorted(modules)
 
     def _keys(self, module: str, stem: str = "lora_{}.weight") -> LoraKeys:

@@ -91,3 +91,14 @@ def test_the_new_name_of_a_module_is_found_by_its_old_one(tmp_path: Path) -> Non
     assert adapter.new_module("block.1.down") == "layers.1.down"
     assert opened(tmp_path, lambda name: name).new_module("block.1.down") == "block.1.down"
     assert all(name.startswith(PREFIX) for name in adapter.renamed)
+
+
+def test_other_names_are_shown_with_what_mends_them(tmp_path: Path) -> None:
+    train(tmp_path)
+    tensors = {name.removeprefix(PREFIX): value for name, value in load_file(tmp_path / WEIGHTS).items()}
+    save_file(tensors, tmp_path / WEIGHTS)
+    message = r"holds no .* pair .* but block\.0\.down\.lora_A\.weight; emloc-tools verify --fix writes one that has"
+    with pytest.raises(FormatError, match=message):
+        Adapter(tmp_path)
+    adapter = opened(tmp_path, lambda name: PREFIX + name)
+    assert set(adapter.loras) == {"block.0.up", "block.0.down", "block.1.up", "block.1.down"}

@@ -23,6 +23,7 @@ CURVES = 5  # depths whose spectra are drawn
 PANELS = 12  # kinds whose spectra are drawn
 MARKS = {"base": "o", "upper bound": "^", "emulator": "s", "uncorrected": "D", "corrected": "D"}
 PARTS = (("weights", ""), ("training_state", "///"), ("activations", ".."), ("logits", "xxx"))
+AROUND = {"facecolor": PAPER, "edgecolor": "none", "pad": 1.5}  # of text on lines or hatching
 PART_NAMES = {"training_state": "LoRA and optimizer"}
 
 
@@ -145,7 +146,7 @@ def _panel(axes: Axes, kind: str, curves: Sequence[tuple[int, tuple[int, ...], S
         lost = [100 * spectrum.beyond for _, _, spectrum in known]
         low, high = (f"{value:.2g}" for value in (min(lost), max(lost)))
         text = f"not stored,\n{low if low == high else f'{low} to {high}'} %\nof the energy"
-        axes.text(0.97, 0.95, text, transform=axes.transAxes, ha="right", va="top", color=INK, fontsize=11)
+        axes.text(0.97, 0.95, text, transform=axes.transAxes, ha="right", va="top", color=INK, fontsize=11, bbox=AROUND)
     axes.set_xscale("log")
     axes.set_xlim(0.9, full * 1.05)
     # matplotlib's own labels of logarithmic axes are mathematics, which is switched off for the sake of names.
@@ -211,14 +212,13 @@ def memory_plot(plan: PlanV1) -> Figure:
                 label = PART_NAMES.get(part, part) if at == 0 else None
                 axes.barh(at, value, left=left, height=0.6, color=PAPER, edgecolor=color, hatch=hatch, label=label)
                 left += value
-            around = {"facecolor": PAPER, "edgecolor": "none", "pad": 1.5}
             axes.annotate(
                 size(parts.total),
                 (left, at),
                 xytext=(5, -4),
                 textcoords="offset points",
                 color=INK,
-                bbox=around,
+                bbox=AROUND,
                 fontsize=11,
             )
         axes.axvline(plan.memory / unit, color=INK, linewidth=1.5, label=f"memory, {size(plan.memory)}")

@@ -190,8 +190,11 @@ def test_transformers_reads_the_same_weights_and_every_stage_those_of_full_preci
     torch.testing.assert_close(logits[base], logits[plain])
 
 
-def test_an_order_by_activation_and_an_incomplete_last_group_choose_each_columns_scale(tmp_path: Path) -> None:
+def test_an_order_by_activation_and_an_incomplete_last_group_choose_each_columns_scale(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What older releases of the library wrote, and current ones no longer do: so it is packed here."""
+    monkeypatch.setattr(compressed_tensors_weights, "AT_ONCE", 1)  # 32 rows at a time
     rows, columns = 40, 50
     numbers, zeros = torch.randint(16, (rows, columns)), torch.randint(16, (rows, 4))
     scales, order = torch.rand(rows, 4) + 0.1, torch.randint(4, (columns,))
@@ -206,7 +209,9 @@ def test_an_order_by_activation_and_an_incomplete_last_group_choose_each_columns
         "format": "pack-quantized",
         "config_groups": {"g": {"weights": INT4}},
     }
-    for index, given in ((order, {"a.weight_g_idx": order.int()}), (torch.arange(columns) // 16, {})):
+    in_turn, unset = torch.arange(columns) // 16, torch.full((columns,), -1, dtype=torch.int32)
+    indices = ((order, {"a.weight_g_idx": order.int()}), (in_turn, {}), (in_turn, {"a.weight_g_idx": unset}))
+    for index, given in indices:
         save_file({**stored, **given}, tmp_path / "model.safetensors")
         with folder(tmp_path, config) as opened:
             found = opened.read("a.weight").double()

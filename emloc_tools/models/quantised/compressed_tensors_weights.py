@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
 from emloc_tools.errors import MismatchError, UnsupportedError
 from emloc_tools.files.tensors import TensorFolder
@@ -26,6 +27,7 @@ BESIDE = re.compile(
     rf".*\.(weight_({'|'.join(PARTS)})|(input|output|k|v|q)_(scale|zero_point|global_scale))", re.ASCII | re.DOTALL
 )
 EIGHT_BITS = (torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2)
+PER_GROUP = ("weight_scale", "weight_zero_point")
 WORD = 32  # bits; also the rows whose packed zero points end with a word, whatever their bits
 AT_ONCE = 1 << 24  # numbers that are decompressed together
 
@@ -116,7 +118,7 @@ def _fitted(name: str, state: State, scheme: Any, shape: tuple[int, ...]) -> Any
     """The library's arguments for the weight; its parts are checked, and scales brought into their shape.
 
     A column's group may be its own choice (`weight_g_idx`, of checkpoints before 2026), or the last one incomplete.
-    Such scales are spread to one for each column, and the group size is then 1.
+    Then `weight_g_idx` says for every column which scale is its own, and the group size becomes 1.
     """
     args, (rows, columns) = scheme.weights, shape
     group = args.group_size or columns
@@ -144,27 +146,33 @@ def _fitted(name: str, state: State, scheme: Any, shape: tuple[int, ...]) -> Any
         _require(name, state, "weight_zero_point", (words, expected[1]) if packed else expected)
     if args.strategy == "tensor_group":
         _require(name, state, "weight_global_scale", (1,))
-    if args.strategy == "group" and ("weight_g_idx" in state or columns % group):
-        index = state.pop("weight_g_idx", torch.arange(columns) // group).long()
+    given = state.pop("weight_g_idx", None)
+    if given is not None and bool((given < 0).any()):
+        given = None  # -1 stands for columns in their order
+    if args.strategy == "group" and (given is not None or columns % group):
+        index = torch.arange(columns) // group if given is None else given.long()
         if index.shape != (columns,) or not 0 <= int(index.min()) <= int(index.max()) < expected[1]:
             raise _misfit(f"{name}_g_idx", f"does not give each of {columns} columns one of {expected[1]} groups")
-        for part in ("weight_scale", "weight_zero_point"):
-            if part in state:
-                state[part] = state[part][:, index]
+        state["weight_g_idx"] = index
         args = args.model_copy(update={"group_size": 1})
     return args
 
 
 def _rows(state: State, start: int, stop: int, shape: tuple[int, ...], bits: int) -> State:
-    """The parts of the rows from `start`, which is a multiple of 32, to `stop`."""
+    """The parts of the rows from `start`, which is a multiple of 32, to `stop`; scales for every column if asked."""
     rows, columns = shape
+    index = state.get("weight_g_idx")
     some = {}
     for part, tensor in state.items():
-        if tensor.dim() == 2 and tensor.shape[0] == rows:
-            tensor = tensor[start:stop]
-        elif part == "weight_zero_point" and tensor.dtype == torch.int32 and tensor.shape[0] > 1:
+        if part == "weight_g_idx":
+            continue
+        if part == "weight_zero_point" and tensor.dtype == torch.int32:  # packed along the rows
             tensor = tensor[start * bits // WORD : math.ceil(stop * bits / WORD)]
-        some[part] = tensor
+            if len(tensor) == 1:  # which release 0.20 cannot unpack by itself
+                tensor = nn.functional.pad(tensor, (0, 0, 0, 1))
+        elif tensor.dim() == 2 and tensor.shape[0] == rows:
+            tensor = tensor[start:stop]
+        some[part] = tensor if index is None or part not in PER_GROUP else tensor[:, index]
     return {**some, "weight_shape": torch.tensor([stop - start, columns])}
 
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError
 
-from emloc_tools.errors import FormatError, InputError
+from emloc_tools.errors import FormatError
 from emloc_tools.files.json_files import read_json
 from emloc_tools.files.manifest import Amount, BaseRecord, Count, MadeBy, Name, Strict
+from emloc_tools.files.single import write_file
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Size = Annotated[list[Count], Field(min_length=2, max_length=2)]  # height, width in pixels
@@ -84,27 +84,9 @@ class PlanV1(Strict):
     stages: list[Stage]
 
 
-def check_plan(path: Path, *, overwrite: bool) -> None:
-    """Raise `InputError` for a file that a plan cannot be written to."""
-    if os.path.lexists(path) and not (overwrite and path.is_file()):
-        raise InputError(f"{path} exists; choose another --save, or replace a file by --overwrite")
-    if not path.parent.is_dir():
-        raise InputError(f"{path.parent} is no folder; --save takes a file in an existing one")
-
-
 def write_plan(path: Path, plan: PlanV1) -> None:
     """Write a plan; it appears under its name only when it is complete."""
-    text = json.dumps(plan.model_dump(mode="json"), indent=2, allow_nan=False) + "\n"
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with unfinished.open("x", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
-        raise
+    write_file(path, json.dumps(plan.model_dump(mode="json"), indent=2, allow_nan=False) + "\n")
 
 
 def read_plan(path: Path) -> PlanV1:

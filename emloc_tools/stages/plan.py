@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_leaves
 
 from emloc_tools.errors import InputError
 from emloc_tools.files.manifest import BaseRecord, made_by
-from emloc_tools.files.plan import Conditions, Model, Parts, PlanV1, Stage, check_plan, read_plan, write_plan
+from emloc_tools.files.plan import Conditions, Model, Parts, PlanV1, Stage, read_plan, write_plan
+from emloc_tools.files.single import check_file
 from emloc_tools.linalg.allocate import stored_values, uniform_ranks
 from emloc_tools.models.layers import all_layers, select_layers
 from emloc_tools.planning.costs import inference_and_groups, sizes_of, stage_needs
@@ -72,7 +73,7 @@ def plan(
     if optimizer not in OPTIMIZERS:
         raise InputError(f"--optimizer {optimizer} is not known; choose one of {', '.join(OPTIMIZERS)}")
     if save is not None:
-        check_plan(save, overwrite=overwrite)
+        check_file(save, "--save", overwrite=overwrite)
     reserve = int(memory * RESERVE) if reserve is None else reserve
     if reserve >= memory:
         raise InputError(f"--reserve {reserve:,} leaves nothing of --memory {memory:,}; choose less")

@@ -55,6 +55,7 @@ bench: $(VENV)/.developer ## Measure again what docs/benchmarks.md shows (about 
 	$(BIN)/python -m benchmarks.plan
 	$(BIN)/python -m benchmarks.diffusion
 	$(BIN)/python -m benchmarks.quantised
+	$(BIN)/python -m benchmarks.transfer.heads
 
 clean: ## Remove the environments, caches and the demo's files
 	rm -rf $(VENV) site .venv-trainer-* .mypy_cache .ruff_cache .pytest_cache .hypothesis $(OUTPUT)

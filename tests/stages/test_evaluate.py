@@ -211,7 +211,9 @@ def test_an_adapter_of_other_widths_is_refused(run: Run, tmp_path: Path) -> None
         return name, value[:, 1:] if "lora_A" in name else value
 
     adapter = changed(run.adapter, tmp_path / "adapter", tensor=narrower)
-    with pytest.raises(MismatchError, match=r"the layer of the base is \d+ x \d+; the adapter was trained on another model"):
+    with pytest.raises(
+        MismatchError, match=r"the layer of the base is \d+ x \d+; the adapter was trained on another model"
+    ):
         evaluate(base=str(run.base), adapters=[adapter], data=run.data, device="cpu")
 
 

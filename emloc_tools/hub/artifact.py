@@ -12,7 +12,7 @@ from emloc_tools.errors import InputError
 from emloc_tools.files import adapter, calibration, diffusers_lora, emulator, folders, merged
 from emloc_tools.files.calibration import Calibration
 from emloc_tools.files.diffusers_lora import open_adapter
-from emloc_tools.files.emulator import Emulator
+from emloc_tools.files.emulator import Emulator, factor_names
 from emloc_tools.files.manifest import AdapterManifest, CalibrationManifest, EmulatorManifest
 from emloc_tools.files.opening import path_inside
 from emloc_tools.records import Library
@@ -107,10 +107,12 @@ def _calibration(folder: Path, names: tuple[tuple[str, ...], tuple[str, ...]], s
 def _emulator(folder: Path, names: tuple[tuple[str, ...], tuple[str, ...]], seen: Seen) -> Artifact:
     opened = Emulator(folder)
     try:
-        stored = list(opened.manifest.tensors)
-        for done, name in enumerate(stored, 1):
-            opened.read(name)
-            seen(done, len(stored), name)
+        layers = [*opened.layers, *opened.stacks]
+        factors = {tensor for name in layers for tensor in factor_names(name, stack=name in opened.stacks)}
+        parts = [*layers, *(name for name in opened.manifest.tensors if name not in factors)]
+        for done, name in enumerate(parts, 1):
+            _ = opened.factors(name) if done <= len(layers) else opened.read(name)
+            seen(done, len(parts), name)
     finally:
         opened.close()
     return Artifact("emulator", folder, *names, opened.library, opened.manifest, {})

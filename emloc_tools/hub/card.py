@@ -115,17 +115,17 @@ def _summary(artifact: Artifact, base: str) -> str:
 def _use(artifact: Artifact, repo: str, base: BaseRecord | None) -> Iterator[str]:
     name = base.id if base is not None and is_on_hub(base) and HUB_ID.fullmatch(base.id) else "BASE"
     pull = f"emloc-tools pull {repo} --output {artifact.kind}"
-    correct = f"emloc-tools correct --base {name} --output corrected"
+    correct = "emloc-tools correct --emulator {} --adapter {} --base " + name + " --output corrected"
     match artifact.kind:
         case "calibration":
             build = f"emloc-tools build-emulator --base {name} --calibration calibration --ratio 0.25 --output emulator"
             yield code(f"{pull}\n{build}")
         case "emulator":
             yield f"Train a LoRA on it with any trainer, {TRUST[artifact.library]}. Then correct it for the base:"
-            yield code(f"{pull}\n{correct} --emulator emulator --adapter LORA")
+            yield code(f"{pull}\n{correct.format('emulator', 'LORA')}")
             yield "Do not merge a LoRA into it."
         case "adapter" if artifact.manifest is None:
-            yield code(f"{pull}\n{correct} --emulator EMULATOR --adapter adapter")
+            yield code(f"{pull}\n{correct.format('EMULATOR', 'adapter')}")
         case "adapter" if artifact.component is not None:
             yield code(f'pipeline.load_lora_weights("{repo}")', "python")
         case "adapter":
@@ -170,5 +170,5 @@ def _facts(manifest: CalibrationManifest | EmulatorManifest | AdapterManifest) -
         yield f"ranks by {manifest.allocation} allocation"
     else:
         clamp = "none" if manifest.clamp is None else f"{manifest.clamp:g}"
-        yield f"{len(manifest.layers)} pairs corrected, clamp {clamp}"
+        yield f"LoRA pairs corrected: {len(manifest.layers)}, clamp {clamp}"
         yield f"emulator: {manifest.emulator}"

@@ -38,7 +38,7 @@ def _emulator(manifest: EmulatorManifest) -> Iterator[str]:
         ("parameters", f"{manifest.parameters:,} of {manifest.base_parameters:,} ({part:.0%})"),
         ("factored layers", f"{len(manifest.layers):,}"),
         *([("factored matrices of experts", f"{len(errors) - len(manifest.layers):,}")] if stacks else []),
-        ("ranks", f"{min(ranks)} to {max(ranks)}"),
+        ("ranks", str(ranks[0]) if min(ranks) == max(ranks) else f"{min(ranks)} to {max(ranks)}"),
         ("relative error, mean", fraction(mean(errors))),
         ("relative error, largest", fraction(max(errors))),
     ]
@@ -57,7 +57,10 @@ def _adapter(manifest: AdapterManifest) -> Iterator[str]:
         data = selection.data
         yield f"Loss of the base in nats on {prose(data.file)}, {data.samples:,} samples, {data.tokens:,} tokens:"
         yield table(("LoRA", "scale", "loss", "standard error"), _candidates(selection))
-        yield "The LoRA was chosen on these samples, so it looks a little too good on them."
+        yield (
+            "The LoRA was chosen on these samples, so it looks a little too good on them."
+            + (" It was refined afterwards." if refinements else "")
+        )
     for refinement in refinements:
         steps = ", ".join(f"{loss:.4f}" for loss in refinement.losses)
         yield (

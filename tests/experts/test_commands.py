@@ -47,6 +47,9 @@ def test_build_emulator_and_inspect_show_stacks_and_experts_without_tokens(
     assert "4 matrices of experts that no token was routed to are plain SVDs" in shown
     of_inspect = invoke("inspect", "out", columns=200).stdout.splitlines()
     for stack, record in manifest["experts"].items():
-        (row,) = (text.split() for text in of_inspect if text.split()[:1] == [stack])
-        assert row[1:4] == [str(record["out_features"]), str(record["in_features"]), str(record["rank"])]
+        block, _, kind = stack.removeprefix("model.layers.").partition(".")
+        heading = f"{kind}  {record['out_features']} x {record['in_features']}"
+        below = (text.split() for text in of_inspect[of_inspect.index(heading) + 1 :])
+        row = next(columns for columns in below if columns[0] == block)
+        assert row[1] == str(record["rank"])
         assert row[-2:] == [str(len(record["experts"])), "1"]

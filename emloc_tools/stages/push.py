@@ -10,10 +10,10 @@ from emloc_tools.errors import InputError
 from emloc_tools.files.json_files import read_bytes
 from emloc_tools.hub import client
 from emloc_tools.hub.artifact import CARD, Artifact, Kind, examine, files_of, kind_of
-from emloc_tools.hub.card import base_of, card, is_of_a_user, trained_on
+from emloc_tools.hub.card import base_of, card, is_of_a_user
 from emloc_tools.hub.client import State
 from emloc_tools.hub.licenses import LARGEST_CARD, License, license_of
-from emloc_tools.hub.privacy import absolute_paths, is_on_hub
+from emloc_tools.hub.privacy import is_on_hub, recorded_paths
 from emloc_tools.records import Progress, Step, silent
 
 
@@ -155,13 +155,13 @@ def _card_is_kept(repo: str, found: State) -> bool:
 def _warnings(
     artifact: Artifact, written: str | None, license: License | None, found: State | None, public: bool, dry_run: bool
 ) -> Iterator[str]:
-    manifest, base = artifact.manifest, base_of(artifact)
-    names = [manifest.made_by.command, manifest.base.id] if manifest is not None else []
-    paths = list(dict.fromkeys(absolute_paths(*names, trained_on(artifact))))
+    base = base_of(artifact)
+    paths = recorded_paths(artifact.folder / name for name in artifact.files)
     if paths:
+        name, path = next(iter(paths.items()))
         yield (
-            f"the artifact's own files record paths of this machine, such as {paths[0]}, which all who may see the "
-            "repository can read; make it from relative paths if that matters"
+            f"{', '.join(paths)} of the artifact itself record paths of this machine, such as {path} in {name}, which "
+            "all who may see the repository can read; make it from relative paths if that matters"
         )
     if found is not None and found.private and public:
         yield "the repository exists and is private; --public does not change that, its settings on the Hub do"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import html
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from emloc_tools.files.manifest import AdapterManifest, AdapterV2, AdapterV4, Ba
 from emloc_tools.hub.artifact import Artifact, examine
 from emloc_tools.hub.card import MARK, card, is_of_a_user
 from emloc_tools.hub.licenses import License, license_in, license_of
-from emloc_tools.hub.privacy import absolute_paths, shown_command, shown_name
+from emloc_tools.hub.privacy import absolute_paths, recorded_paths, shown_command, shown_name
 from tests.conftest import Run
 from tests.stages.reference import read_json
 
@@ -155,7 +156,23 @@ def test_what_leads_somewhere_on_this_machine_is_shortened(name: str, shown: str
 
 def test_absolute_paths_are_found_in_commands_and_names() -> None:
     command = "emloc-tools x --base /a/b --data=/c/d.jsonl --output out --adapter 'open quote"
-    assert list(absolute_paths(command, "org/name", None, "~/e")) == ["/a/b", "/c/d.jsonl", "~/e"]
+    assert list(absolute_paths(command)) == ["/a/b", "/c/d.jsonl"]
+    assert list(absolute_paths("~/e")) == ["~/e"]
+    assert list(absolute_paths("org/name")) == []
+
+
+def test_files_that_record_paths_are_found_and_vocabularies_are_not_taken_for_such(tmp_path: Path) -> None:
+    holds: dict[str, object] = {
+        "emulator.json": {"made_by": {"command": "x --base /home/me/llama"}, "base": {"id": "org/name"}},
+        "tokenizer_config.json": {"name_or_path": "/home/me/tokenizer", "eos_token": "/s"},
+        "config.json": {"_name_or_path": "org/name", "layers": [{"path": "/no/record"}]},
+        "vocab.json": {"id": "/home"},
+    }
+    for name, value in holds.items():
+        (tmp_path / name).write_text(json.dumps(value))
+    (tmp_path / "broken.json").write_text("{")
+    files = [tmp_path / name for name in (*holds, "broken.json")]
+    assert recorded_paths(files) == {"emulator.json": "/home/me/llama", "tokenizer_config.json": "/home/me/tokenizer"}
 
 
 def test_the_results_are_those_of_the_manifest(run: Run, artifacts: dict[str, Artifact]) -> None:

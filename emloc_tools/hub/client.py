@@ -176,6 +176,8 @@ def _explained(repo: str, revision: str | None, doing: str, error: BaseException
             return f"cannot {doing} {repo}: the Hub forbids it (403); use a token that may do that, or another name"
         case 404:
             return f"cannot {doing} {repo}: it is not on the Hub (404); check its name, and for a private one {LOGIN}"
+        case 409 if doing == "create":
+            return f"cannot create {repo}: it exists, and you may not see it (409); {LOGIN}, or choose another name"
         case 409 | 412:
             return f"cannot {doing} {repo}: somebody else changed it just now ({status}); run the command again"
         case int() if status >= 500:

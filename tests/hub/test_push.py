@@ -153,6 +153,11 @@ def test_the_license_is_that_of_the_commit_of_the_base(run: Run, shell: Shell, h
         ({}, None, "cannot create org/thing: the Hub does not know you, or you may not see it (401); log in with"),
         ({}, READER, "cannot create org/thing: the Hub forbids it (403); use a token that may do that"),
         ({"POST /api/repos/create": 500}, "", "cannot create org/thing: the Hub has an error of its own (500); try"),
+        (
+            {"POST /api/repos/create": 409},
+            "",
+            "cannot create org/thing: it exists, and you may not see it (409); log in",
+        ),
         ({"GET /api/models/org/thing": 503}, "", "cannot read org/thing: the Hub has an error of its own (503)"),
         ({"/preupload/": 500}, "", "cannot write to org/thing: the Hub has an error of its own (500)"),
         ({"/objects/batch": 403}, "", "cannot write to org/thing: the Hub forbids it (403)"),

@@ -34,6 +34,8 @@ class GroupedCommand(click.Command):
         """Write the groups that have any option, with aligned texts."""
         rows: dict[str, list[tuple[str, str]]] = {group: [] for group in GROUPS}
         for parameter in self.get_params(ctx):
+            if isinstance(parameter, click.Argument):  # the line of usage names it
+                continue
             record = parameter.get_help_record(ctx)
             if record is not None:
                 record = _plainly(*record)

@@ -34,7 +34,7 @@ DEMO = (
     *(f"calibration/{name}" for name in CALIBRATION),
     *(f"emulator-*/{name}" for name in EMULATOR),
     *(f"lora-*/{name}" for name in (*ADAPTER, "README.md", "training.json")),
-    *(f"corrected-*/{name}" for name in ADAPTER),
+    *(f"{kind}-*/{name}" for kind in ("corrected", "refined") for name in ADAPTER),
 )
 
 # Which files mark a folder as one of ours, and what such a folder may hold. An adapter with neither of emloc.json
@@ -70,11 +70,19 @@ def check_output(output: Path, *, overwrite: bool) -> None:
         patterns = [pattern for marker, kind in KINDS.items() if marker <= names for pattern in kind]
         if not patterns:
             raise InputError(f"{output} holds files that emloc-tools did not write; --overwrite does not replace it")
-        stranger = _stranger(output, patterns)
+        stranger = _stranger(output, [*patterns, *_code_of_base(output)])
     except OSError as error:
         raise InputError(f"{output} cannot be used as --output: {error.strerror or error}") from error
     if stranger is not None:
         raise InputError(f"{output} also holds {stranger}, which emloc-tools did not write; move it away")
+
+
+def _code_of_base(folder: Path) -> list[str]:
+    """The Python files of the base that an emulator's manifest names; none where it cannot be read."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        code = json.loads((folder / "emulator.json").read_text(encoding="utf-8")).get("code", {})
+        return [name for name in code if re.fullmatch(r"\w+\.py", name)]
+    return []
 
 
 def _stranger(folder: Path, patterns: list[str]) -> str | None:

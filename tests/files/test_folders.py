@@ -21,6 +21,7 @@ from emloc_tools.files import folders
 from emloc_tools.files.folders import KINDS, check_output, new_folder, require_folder, write_json
 from emloc_tools.files.json_files import read_json
 from emloc_tools.models.source import COMPANIONS
+from tests.formats.golden import golden
 
 SHARD = "calibration-00001-of-00001.safetensors"
 
@@ -74,7 +75,7 @@ DEMO = " ".join(
         *(f"calibration/{name}" for name in CALIBRATION.split()),
         *(f"emulator-0.25/{name}" for name in EMULATOR.split()),
         *(f"lora-{of}/{name}" for of in ("0.25", "on-base") for name in f"{ADAPTER} README.md training.json".split()),
-        *(f"corrected-0.25/{name}" for name in f"{ADAPTER} emloc.json".split()),
+        *(f"{kind}-0.25/{name}" for kind in ("corrected", "refined") for name in f"{ADAPTER} emloc.json".split()),
     ]
 )
 WRITTEN = {
@@ -408,6 +409,16 @@ def test_somebody_else_s_folder_is_never_replaced(tmp_path: Path, names: list[st
 def test_a_folder_with_all_that_we_write_is_replaced(tmp_path: Path, kind: str) -> None:
     produce(fill(tmp_path / "out", WRITTEN[kind]), overwrite=True)
     assert tree(tmp_path) == {"out/content": "new"}
+
+
+def test_code_of_the_base_is_replaced_where_the_manifest_names_it(tmp_path: Path) -> None:
+    """And no other code: that may be a user's training script."""
+    emulator = tmp_path / "emulator"
+    shutil.copytree(golden("emulator", "ok-own-code"), emulator)
+    check_output(emulator, overwrite=True)
+    (emulator / "train.py").touch()
+    with pytest.raises(InputError, match=r"also holds train\.py"):
+        check_output(emulator, overwrite=True)
 
 
 @pytest.mark.parametrize(("kind", "stranger", "named"), STRANGERS)

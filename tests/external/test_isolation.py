@@ -54,5 +54,5 @@ def test_a_missing_or_stale_environment_is_noticed(tmp_path: Path, monkeypatch: 
 def test_making_current_environments_again_changes_nothing(environments: tuple[str, ...]) -> None:
     stamps = [Environment(name).stamp for name in environments]
     before = [stamp.stat().st_mtime_ns for stamp in stamps]
-    main()
+    main([])
     assert [stamp.stat().st_mtime_ns for stamp in stamps] == before

@@ -11,6 +11,7 @@ from typing import Any
 
 from benchmarks import record
 from benchmarks.transfer import cells, plot
+from benchmarks.transfer.beds import BEDS
 
 Scores = list[dict[str, Any]]
 Key = tuple[str, str, float | None, str, str]  # base, bed, ratio, kind, variant
@@ -145,7 +146,7 @@ def _across_beds(title: str, what: str, columns: Columns) -> list[str]:
     """A table of the gain closed with a column per bed; nothing where nothing was run."""
     if not columns:
         return []
-    beds = list(dict.fromkeys(bed for values in columns.values() for bed in values))
+    beds = [bed for bed in BEDS if any(bed in values for values in columns.values())]
     lines = [f"### {title}: gain closed", "", f"| base | ratio | {what} | {' | '.join(beds)} |"]
     lines.append("|---|--:|---|" + "--:|" * len(beds))
     for (base, ratio, name), values in sorted(columns.items(), key=lambda item: item[0][:2]):

@@ -349,5 +349,6 @@ def refined(folder: Path, before: Path, losses: list[float]) -> None:
     for keys in opened.loras.values():
         tensors |= {key: tensors[key] * 1.25 for key in (keys.A, keys.B)}
     folder.mkdir(parents=True)
-    write_refined(folder, opened, tensors, record, made_by=MADE_BY)
+    assert opened.manifest is not None
+    write_refined(folder, opened, tensors, record, base=opened.manifest.base, made_by=MADE_BY)
     opened.close()

@@ -23,7 +23,7 @@ NAMES = {
 }
 PART = ("count", "parameters", "reason")
 
-EXAMPLE = """Example:
+EXAMPLE = """Examples:
 
 \b
   emloc-tools inspect emulator

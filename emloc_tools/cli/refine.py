@@ -33,7 +33,7 @@ EXAMPLE = """Example:
 @click.option(
     "--step-size",
     type=float,
-    help="How far the largest step moves an entry of A or B, as a part of their root mean square.  [default: 0.2; "
+    help="How far a step moves an entry of A or B at most, as a part of their root mean square.  [default: 0.2; "
     "0.05 a step for fewer than 4]",
 )
 @options.reading_options
@@ -89,17 +89,25 @@ def refine(
             progress=progress,
         )
     console.emit(result, as_json=as_json, quiet=quiet, draw=lambda out: _draw(out, result, base))
+    if result.other_base is not None:
+        console.warn(
+            f"the LoRA was corrected for {result.other_base}, and refined on {base}; if that is another model, it fits "
+            "neither",
+            hidden=quiet,
+        )
 
 
 def _draw(out: Console, result: RefinementResult, base: str) -> None:
     from emloc_tools.cli import console
 
+    steps = len(result.losses)
+    tokens = f", {result.tokens:,} tokens" if result.tokens > result.samples else ""  # of a denoiser there are none
     evaluate = ("evaluate", "--base", base, "--adapter", result.output, "--data", "HELDOUT.jsonl")
     rows: list[tuple[str, Any]] = [
-        ("refined", f"{result.pairs} LoRA pairs, {len(result.losses)} steps"),
-        ("data", f"{result.samples:,} samples, {result.tokens:,} tokens"),
+        ("refined", f"{result.pairs} LoRA pairs in {steps} {'step' if steps == 1 else 'steps'}"),
+        ("data", f"{result.samples:,} samples{tokens}"),
         ("read", console.size(result.bytes_read)),
-        ("loss before each step", ", ".join(f"{loss:.4f}" for loss in result.losses)),
+        ("losses", ", ".join(f"{loss:.4f}" for loss in result.losses) + "  (of each step's own samples, before it)"),
         ("next", console.Verbatim(options.runnable(*evaluate))),
     ]
     console.facts(out, f"Refined LoRA in {result.output}", rows)

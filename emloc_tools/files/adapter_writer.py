@@ -18,6 +18,7 @@ from emloc_tools.files.manifest import (
     AdapterV2,
     AdapterV3,
     AdapterV4,
+    BaseRecord,
     MadeBy,
     Refinement,
     Selection,
@@ -63,12 +64,21 @@ def write_diffusers_lora(
 
 
 def write_refined(
-    folder: Path, before: Adapter, tensors: Mapping[str, torch.Tensor], refinement: Refinement, *, made_by: MadeBy
+    folder: Path,
+    before: Adapter,
+    tensors: Mapping[str, torch.Tensor],
+    refinement: Refinement,
+    *,
+    base: BaseRecord,
+    made_by: MadeBy,
 ) -> AdapterManifest:
-    """Write the corrected adapter `before` with other `tensors`, by their stored names, in the layout that it has."""
+    """Write the corrected adapter `before` with other `tensors`, by their stored names, in the layout that it has.
+
+    `base` is the one on which it was refined.
+    """
     assert before.manifest is not None  # it is corrected
     known = before.manifest.model_dump(exclude={"format_version", "made_by", "tensors"})
-    fields = {"selection": None, "component": None, "refinements": [], **known, "made_by": made_by}
+    fields = {"selection": None, "component": None, "refinements": [], **known, "base": base, "made_by": made_by}
     fields["refinements"] = [*fields["refinements"], refinement]
     if isinstance(before, DiffusersLora):
         hashes = _write_weights(folder, DIFFUSERS_WEIGHTS, tensors, AdapterV4, before.metadata_with(before.config))

@@ -385,7 +385,7 @@ class Refinement(Strict):
 class AdapterV4(AdapterManifest):
     """`emloc.json` of a corrected LoRA that was refined on the base, in the files of PEFT or of diffusers.
 
-    All but `made_by`, `tensors` and `refinements` is that of the LoRA before.
+    All but `made_by`, `base`, `tensors` and `refinements` is that of the LoRA before.
     """
 
     format_version: Literal[4] = 4

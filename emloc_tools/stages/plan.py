@@ -146,8 +146,8 @@ def planned_build(path: Path) -> PlannedBuild:
     found = read_plan(path)
     if found.ratio is None:
         raise InputError(
-            f"{path} plans no emulator: {found.base.id} itself fits into {found.memory:,} bytes; train on it, or "
-            "give --ratio"
+            f"{path} plans no emulator, as training the base {found.base.id} itself fits into {found.memory:,} bytes; "
+            "train on it, or leave --from-plan out and give --ratio"
         )
     dtype = found.conditions.dtype
     return PlannedBuild(found.base.id, found.base.revision, found.ratio, found.targets, found.exclude, dtype)

@@ -20,7 +20,7 @@ from emloc_tools.files.adapter_writer import write_refined
 from emloc_tools.files.diffusers_lora import WEIGHTS as DIFFUSERS_ADAPTER
 from emloc_tools.files.diffusers_lora import open_adapter
 from emloc_tools.files.folders import check_output, new_folder
-from emloc_tools.files.manifest import AdapterManifest, DataRecord, Refinement, file_hash, made_by
+from emloc_tools.files.manifest import AdapterManifest, BaseRecord, DataRecord, Refinement, file_hash, made_by
 from emloc_tools.files.ready_inputs import TARGET
 from emloc_tools.linalg.cross_entropy import IGNORED
 from emloc_tools.models.base import BaseModel, choose_device, open_base
@@ -38,7 +38,10 @@ STEP_SIZE, SIZE_PER_STEP = 0.2, 0.05  # the largest step size, and what few step
 
 @dataclass(frozen=True)
 class RefinementResult:
-    """What `refine` did. `losses` are those of each step's samples before the step; `bytes_read` the checkpoint's."""
+    """What `refine` did. `losses` are those of each step's samples before the step; `bytes_read` the checkpoint's.
+
+    `other_base` is the base that the LoRA was corrected for, if its name is not that of the one that was used.
+    """
 
     output: Path
     losses: list[float]
@@ -46,6 +49,7 @@ class RefinementResult:
     tokens: int
     pairs: int
     bytes_read: int
+    other_base: str | None
 
 
 def refine(
@@ -77,9 +81,9 @@ def refine(
     fewer. `step_size` is by default 0.2, and less for fewer than four steps. Rank, scaling, dtype and the files' layout
     stay.
 
-    Raises `MismatchError` for an adapter that is not corrected or of another base, `InputError` for unusable paths or
-    data and for too full a disk, `UnsupportedError` for adapters with other tensors than pairs and for models without a
-    loss on such data, `NumericalError` for NaN or infinity.
+    Raises `MismatchError` for an adapter that is not corrected, or of a base of other classes or shapes, `InputError`
+    for unusable paths or data and for too full a disk, `UnsupportedError` for adapters with other tensors than pairs
+    and for models without a loss on such data, `NumericalError` for NaN or infinity.
     """
     require_original(base)
     if not (adapter / DIFFUSERS_ADAPTER).is_file():
@@ -109,7 +113,8 @@ def refine(
             trust_remote_code=trust_remote_code,
         )
         loss_of(batches, opened.architecture, opened.config)
-        dealt = deal(batches, steps, samples_per_step, seed)
+        # A sample whose completion was cut off has nothing to learn from.
+        dealt = deal([batch for batch in batches if _counted(batch)], steps, samples_per_step, seed)
         folder = stack.enter_context(new_folder(output, overwrite=overwrite))
         weights = opened.weights()
         largest = max(activation_bytes(opened.model, weights, step) for step in dealt)
@@ -135,7 +140,7 @@ def refine(
                 max_length=max_length,
                 seed=seed,
             ),
-            samples_per_step=samples_per_step,
+            samples_per_step=min(count_samples(step) for step in dealt),
             step_size=step_size,
             losses=losses,
         )
@@ -145,9 +150,16 @@ def refine(
             for key, tensor in ((keys.A, refined[module].A), (keys.B, refined[module].B))
         }
         tensors = {key: trained.read(key) for key in trained.tensors.names()} | tensors  # alphas, of diffusers
-        write_refined(folder, trained, tensors, record, made_by=made_by(command, opened.library))
+        own = BaseRecord(id=base, revision=opened.source.revision, architecture=opened.architecture)
+        write_refined(folder, trained, tensors, record, base=own, made_by=made_by(command, opened.library))
     return RefinementResult(
-        output, losses, record.data.samples, record.data.tokens, len(pairs), opened.tensors.bytes_read
+        output=output,
+        losses=losses,
+        samples=record.data.samples,
+        tokens=record.data.tokens,
+        pairs=len(pairs),
+        bytes_read=opened.tensors.bytes_read,
+        other_base=None if _same_name(own, manifest.base) else manifest.base.id,
     )
 
 
@@ -173,11 +185,11 @@ def deal(batches: Sequence[Batch], steps: int, samples_per_step: int, seed: int)
 
 def _objective(model: nn.Module, batches: Sequence[Batch], device: str) -> Objective:
     """The mean loss of the batches over their target tokens, labels or entries."""
-    counted = sum(_counted(batch) for batch in batches)
     options = sparing_options(model, (), batches, loss=True)
     return Objective(
         [call_of(model, batch, torch.device(device), options) for batch in batches],
-        lambda index, result: batch_loss(batches[index], result, model) / counted,
+        lambda index, result: batch_loss(batches[index], result, model),
+        sum(_counted(batch) for batch in batches),
     )
 
 
@@ -208,6 +220,12 @@ def _require_base(trained: Adapter, manifest: AdapterManifest, opened: BaseModel
         )
     target = Target("base", False, opened.source, opened.model, opened.weights(), opened.tensors)
     require_shapes(target, trained.folder, pairs)
+
+
+def _same_name(one: BaseRecord, other: BaseRecord) -> bool:
+    """Whether both may be the same model: a folder can be moved, its own name is seldom changed."""
+    names = [record.id.rstrip("/").rpartition("/")[2] for record in (one, other)]
+    return names[0] == names[1] and (None in (one.revision, other.revision) or one.revision == other.revision)
 
 
 def _stored(trained: Adapter, key: str, tensor: torch.Tensor) -> torch.Tensor:

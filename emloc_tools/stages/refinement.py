@@ -30,15 +30,21 @@ from emloc_tools.models.weights import ModelWeights
 from emloc_tools.streaming.backward import BackwardLockStep
 from emloc_tools.streaming.units import Unit
 
+EPSILON = 1e-15  # next to nothing, so that steps stay relative: gradients of large models are tiny
 BETAS = (0.9, 0.95)  # of few steps, each with little noise: the second moment must not remember the first for long
 
 
 @dataclass(frozen=True)
 class Objective:
-    """What one step minimises: the sum of `loss(index, result)`, a scalar, over the results of `calls`."""
+    """What one step minimises: the sum of `loss(index, result)`, a scalar, over the results of `calls`, by `count`.
+
+    The sum runs backward, and the gradients are divided afterwards, in float32: those of a mean over many tokens would
+    vanish in half precision on their way through the model.
+    """
 
     calls: Sequence[Callable[[], Any]]
     loss: Callable[[int, Any], torch.Tensor]
+    count: int
 
 
 def refine_pairs(
@@ -74,8 +80,8 @@ def refine_pairs(
         for number, objective in enumerate(steps):
             optimizer.zero_grad()
             _watch(stream, number, len(steps), progress)
-            losses.append(_gradients(stream, objective))
-            _require_finite(trained)
+            losses.append(_gradients(stream, objective) / objective.count)
+            _finish_gradients(trained, objective.count)
             optimizer.step()
             schedule.step()
     finally:
@@ -104,11 +110,11 @@ def _optimizer(pairs: Mapping[str, LoraPair], step_size: float) -> torch.optim.A
         groups.append({"params": tensors, "lr": step_size * size})
     if not groups[1]["lr"]:
         raise InputError("every B of the LoRA is zero, so it was not trained; a step has no size to go by")
-    return torch.optim.Adam(groups, betas=BETAS)
+    return torch.optim.Adam(groups, betas=BETAS, eps=EPSILON)
 
 
 def _gradients(stream: BackwardLockStep, objective: Objective) -> float:
-    """Add the gradients of the objective to the pairs; returns its value."""
+    """Add the gradients of the objective's sum to the pairs; returns the sum."""
     parts = torch.zeros(len(objective.calls), dtype=torch.float64)
 
     def keep(index: int, value: torch.Tensor) -> None:
@@ -132,8 +138,12 @@ def _watch(stream: BackwardLockStep, step: int, steps: int, progress: Callable[[
     stream.on_backward_unit_done = functools.partial(report, seen=seen, backward=True)
 
 
-def _require_finite(pairs: Mapping[str, LoraPair]) -> None:
+def _finish_gradients(pairs: Mapping[str, LoraPair], count: int) -> None:
+    """Divide the gradients by `count`. Raises `NumericalError` for one that is not finite."""
     for name, pair in pairs.items():
         for tensor in (pair.A, pair.B):
-            if tensor.grad is not None and not torch.isfinite(tensor.grad).all():
+            if tensor.grad is None:
+                continue
+            if not torch.isfinite(tensor.grad).all():
                 raise NumericalError(f"the gradient of the LoRA of {name} is not finite; try --dtype float32")
+            tensor.grad /= count

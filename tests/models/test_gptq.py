@@ -153,6 +153,21 @@ def test_parts_that_do_not_fit_are_refused_by_name(tmp_path: Path) -> None:
         folder(tmp_path, {"scales": parts["scales"]})
 
 
+@pytest.mark.parametrize("size", [16, 64, -1])
+def test_another_size_of_groups_than_that_of_the_layer_is_refused(size: int, tmp_path: Path) -> None:
+    """Without g_idx nothing but config.json says which inputs share a scale."""
+    parts, W = quantised(128, 64, 4, 32, ordered=False, less=1)
+    with folder(tmp_path, parts, group_size=32) as opened:
+        assert torch.equal(opened.read("a.weight").double(), W.float().double())
+    with (
+        folder(tmp_path, parts, group_size=size) as opened,
+        pytest.raises(
+            MismatchError, match=r"a has scales for 4 groups of its 128 inputs, and config\.json says groups of"
+        ),
+    ):
+        opened.read("a.weight")
+
+
 def test_layers_that_gptq_stores_transposed_are_refused(tmp_path: Path) -> None:
     pico.save_model(tmp_path, "gpt2")
     edit(tmp_path, {"quant_method": "gptq", "bits": 4})

@@ -160,6 +160,43 @@ def test_batches_do_not_matter_and_padding_does_not_count(corrected: Corrected, 
     assert distance(three, one) < ROUNDING * distance(start, one)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_goes_the_way_of_float32(corrected: Corrected, tmp_path: Path, dtype: str) -> None:
+    """One step of Adam moves every entry by its gradient's sign, also where it is a small part of many tokens."""
+    case, adapter = corrected()
+    data = pico.save_texts(tmp_path / "many.jsonl", count=300)
+    options = {"data": data, "steps": 1, "samples_per_step": 300, "batch_size": 50}
+    run(case, adapter, tmp_path / "float32", dtype="float32", **options)
+    run(case, adapter, tmp_path / "half", dtype=dtype, **options)
+    start, full, half = (pairs(folder) for folder in (adapter, tmp_path / "float32", tmp_path / "half"))
+    alike = [
+        torch.sign(full[name][side] - start[name][side]) == torch.sign(half[name][side] - start[name][side])
+        for name in start
+        for side in (0, 1)
+    ]
+    assert torch.cat([each.flatten() for each in alike]).double().mean() > 0.98
+
+
+def test_samples_without_a_target_are_not_dealt(corrected: Corrected, tmp_path: Path) -> None:
+    case, adapter = corrected()
+    whole, cut = {"prompt": "a", "completion": " b c"}, {"prompt": "long " * 10, "completion": "x"}
+    data = pico.save_records(tmp_path / "data.jsonl", [whole, cut])
+    result = run(case, adapter, tmp_path / "refined", data=data, max_length=16, steps=2, samples_per_step=1)
+    assert result.samples == 1
+    assert all(math.isfinite(loss) for loss in result.losses)
+
+
+def test_another_base_of_the_same_shapes_is_named(corrected: Corrected, tmp_path: Path) -> None:
+    """Nothing but its name can tell: a corrected LoRA holds no hash of the weights."""
+    case, adapter = corrected()
+    shutil.copytree(case.base, tmp_path / "elsewhere" / case.base.name)
+    shutil.copytree(case.base, tmp_path / "other")
+    moved = run(case, adapter, tmp_path / "moved", base=str(tmp_path / "elsewhere" / case.base.name), steps=1)
+    other = run(case, adapter, tmp_path / "named", base=str(tmp_path / "other"), steps=1)
+    assert (moved.other_base, other.other_base) == (None, str(case.base))
+    assert read_json(tmp_path / "named" / "emloc.json")["base"]["id"] == str(tmp_path / "other")
+
+
 def test_only_the_completion_counts(corrected: Corrected, tmp_path: Path) -> None:
     case, adapter = corrected()
     data = pico.save_records(tmp_path / "data.jsonl", [{"prompt": "what is", "completion": f" the {n}"} for n in "abc"])

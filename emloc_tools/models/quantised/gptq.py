@@ -84,7 +84,13 @@ class GptqFolder(DequantisedFolder):
         if f"{module}.g_idx" in self._raw:
             groups = self._raw.read(f"{module}.g_idx").long()
         else:
-            groups = torch.arange(inputs) // (self._group if self._group > 0 else inputs)
+            size = self._group if self._group > 0 else inputs
+            if count != -(-inputs // size):
+                raise MismatchError(
+                    f"{module} has scales for {count} groups of its {inputs} inputs, and config.json says groups of "
+                    f"{size}; a layer with a group size of its own can be read only where it stores g_idx"
+                )
+            groups = torch.arange(inputs) // size
         if not 0 <= int(groups.min()) <= int(groups.max()) < count:
             raise MismatchError(
                 f"{module} has inputs of group {int(groups.max())}, and scales for {count} groups; config.json and "

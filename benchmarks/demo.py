@@ -2,7 +2,7 @@
 
     python -m benchmarks.demo
 
-takes about three minutes on two CPU cores and writes `benchmarks/results/demo.json` and `.md`.
+takes about four minutes on two CPU cores and writes `benchmarks/results/demo.json` and `.md`.
 """
 
 from __future__ import annotations

@@ -34,9 +34,9 @@ Written by `make docs` from the commands themselves. `emloc-tools COMMAND --help
 
 - A base (`--base`) is a local model folder or a Hub id (`org/name`, `org/name/subfolder`, with `--revision` if need
   be). Weights are read only from safetensors. `HF_HOME`, `HF_TOKEN`, `HF_ENDPOINT` and `HF_HUB_OFFLINE` are honoured.
-- An output is a folder, but for the files of `trainer-config`, `report` and `plan --save`. It appears under its name only when it is
-  complete. An existing one is refused unless `--overwrite` is given. That replaces a folder that emloc-tools
-  wrote, but not one that also holds a file or sub-folder of a name that emloc-tools does not write there.
+- An output is a folder, but for the files of `trainer-config`, `report` and `plan --save`. It appears under its name
+  only when it is complete. An existing one is refused unless `--overwrite` is given. That replaces a folder that
+  emloc-tools wrote, but not one that also holds a file or sub-folder of a name that emloc-tools does not write there.
 - Results go to stdout, progress, warnings and errors to stderr. `--json` prints one JSON object, of which every command
   has [a schema](../formats/json/README.md); `--quiet` prints errors only.
 - Exit status: 0 done, 1 an error with one line that says what to do, 2 wrong usage, 130 interrupted, 143

@@ -93,7 +93,9 @@ def test_a_base_that_fits_needs_no_emulator(base: Path, tmp_path: Path) -> None:
     file = tmp_path / "plan.json"
     found = plan(base=str(base), memory=10**9, save=file, **STEP)
     assert (found.ratio, found.emulator, found.factored_layers) == (None, None, 0)
-    with pytest.raises(InputError, match=r"plans no emulator, as training the base .* itself fits into 1,000,000,000 bytes"):
+    with pytest.raises(
+        InputError, match=r"plans no emulator, as training the base .* itself fits into 1,000,000,000 bytes"
+    ):
         planned_build(file)
 
 

@@ -107,8 +107,8 @@ def _summary(artifact: Artifact, base: str) -> str:
         )
     part = f", for the {prose(artifact.component)} of a pipeline," if artifact.component else ""
     return (
-        f"A LoRA for {of}{part} that was trained on a light emulator of it and then corrected for the model itself. "
-        "It is used like any other LoRA."
+        f"A LoRA for {of}{part} that was trained on a light emulator of it and then corrected for the model itself"
+        f"{', and refined on it' if getattr(manifest, 'refinements', None) else ''}. It is used like any other LoRA."
     )
 
 
@@ -134,7 +134,7 @@ def _use(artifact: Artifact, repo: str, base: BaseRecord | None) -> Iterator[str
                 f'"{repo}")  # base: the model {name}, as transformers loads it',
                 "python",
             )
-    if name == "BASE":
+    if name == "BASE" and artifact.component is None:
         yield f"BASE is {prose(shown_name(base.id))}." if base else "BASE is the base of the emulator EMULATOR."
 
 

@@ -70,11 +70,11 @@ def evaluate(
     """Evaluate `base`, `emulator`, or both, each without an adapter and with every one of `adapters`.
 
     Targets are all tokens of a `text` or a chat, the completion of a `prompt`, the label of a text, or what
-    `record-inputs` kept as the target of a denoiser's call. A corrected
-    adapter belongs to the base and is not run on the emulator. `trust_remote_code` is for the base's code alone; an
-    emulator's is never run. All variants of a model share its passes, one for every `scoring.TOKENS_IN_FLIGHT` tokens,
-    counted once for each variant; peak memory is that of one unit and the activations. Raises `UnsupportedError` for
-    models that predict neither the next token nor a label and are no denoisers.
+    `record-inputs` kept as the target of a denoiser's call. A corrected adapter belongs to the base and is not run on
+    the emulator. `trust_remote_code` is for the base's code alone; an emulator's is never run. All variants of a model
+    share its passes, one for every `scoring.TOKENS_IN_FLIGHT` tokens, counted once for each variant; peak memory is
+    that of one unit and the activations. Raises `UnsupportedError` for models that predict neither the next token nor a
+    label and are no denoisers.
     """
     if base is None and emulator is None:
         raise InputError("give --base, --emulator or both")

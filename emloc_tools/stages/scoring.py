@@ -235,7 +235,8 @@ def _targets(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     if ids is None:
         given = ", ".join(batch.inputs)
         raise InputError(
-            f"the ready inputs {given} hold neither input_ids nor labels nor a {TARGET}, so there is nothing to predict"
+            f"the ready inputs {given} hold neither input_ids nor labels nor a {TARGET}, so there is nothing to "
+            f"predict; add <n>/labels or <n>/{TARGET}"
         )
     if batch.targets is not None:
         return ids, batch.targets
